@@ -1,0 +1,288 @@
+//! Changes to links, routes and neighbours as messages. Pure: nothing here talks to the kernel.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use ipnet::IpNet;
+use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{InfoKind, LinkMessage};
+use rtnetlink::packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+
+use crate::host::links::{Link, Port, mac_text};
+use crate::host::netlink::Request;
+use crate::host::saved::{EEXIST, ENOENT, ESRCH};
+
+const EADDRNOTAVAIL: i32 = nix::errno::Errno::EADDRNOTAVAIL as i32;
+const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+
+fn set(what: String, link: LinkMessage) -> Request {
+    Request { what, message: RouteNetlinkMessage::SetLink(link), flags: 0, accept: &[] }
+}
+
+fn link(index: u32) -> LinkMessageBuilder<LinkUnspec> {
+    LinkUnspec::new_with_index(index)
+}
+
+/// Renames a link; live only on kernels from 6.2.
+#[must_use]
+pub fn rename(index: u32, name: &str) -> Request {
+    set(format!("rename #{index} to {name}"), link(index).name(name).build())
+}
+
+/// Sets a link up.
+#[must_use]
+pub fn up(index: u32) -> Request {
+    set(format!("set #{index} up"), link(index).up().build())
+}
+
+/// Sets a link down.
+#[must_use]
+pub fn down(index: u32) -> Request {
+    set(format!("set #{index} down"), link(index).down().build())
+}
+
+/// Gives a link a hardware address.
+#[must_use]
+pub fn mac(index: u32, mac: &[u8]) -> Request {
+    set(format!("give #{index} the address {}", mac_text(mac)), link(index).address(mac.to_vec()).build())
+}
+
+/// Sets a link's MTU.
+#[must_use]
+pub fn mtu(index: u32, mtu: u32) -> Request {
+    set(format!("give #{index} the MTU {mtu}"), link(index).mtu(mtu).build())
+}
+
+/// Makes a pair of links, unless it is there.
+#[must_use]
+pub fn pair(name: &str, peer: &str) -> Request {
+    Request {
+        what: format!("make the links {name} and {peer}"),
+        message: RouteNetlinkMessage::NewLink(LinkVeth::new(name, peer).build()),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        accept: &[EEXIST],
+    }
+}
+
+/// Gives a link an address of its own that is never chosen as the source of anything: it has the scope of a link, and no network.
+#[must_use]
+pub fn add_address(address: IpAddr, index: u32) -> Request {
+    Request {
+        what: format!("give #{index} the address {address}"),
+        message: RouteNetlinkMessage::NewAddress(address_message(address, index)),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        accept: &[EEXIST],
+    }
+}
+
+/// Takes that address away.
+#[must_use]
+pub fn delete_address(address: IpAddr, index: u32) -> Request {
+    Request {
+        what: format!("take the address {address} from #{index}"),
+        message: RouteNetlinkMessage::DelAddress(address_message(address, index)),
+        flags: 0,
+        accept: &[EADDRNOTAVAIL],
+    }
+}
+
+fn address_message(address: IpAddr, index: u32) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    (message.header.family, message.header.prefix_len) =
+        if address.is_ipv4() { (AddressFamily::Inet, 32) } else { (AddressFamily::Inet6, 128) };
+    message.header.scope = AddressScope::Link;
+    message.header.index = index;
+    message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
+    message
+}
+
+/// Makes a link a port of a bridge.
+#[must_use]
+pub fn join(index: u32, bridge: u32) -> Request {
+    set(format!("make #{index} a port of #{bridge}"), link(index).controller(bridge).build())
+}
+
+/// Takes a link out of its bridge.
+#[must_use]
+pub fn leave(index: u32) -> Request {
+    set(format!("take #{index} out of its bridge"), link(index).nocontroller().build())
+}
+
+/// Sets a bridge's port as it was.
+#[must_use]
+pub fn port(index: u32, port: Port) -> Request {
+    use rtnetlink::packet_route::link::InfoBridgePort::{HairpinMode, Isolated};
+    let mut builder = LinkBridgePort::new(index).append_info_data(HairpinMode(port.hairpin));
+    if port.isolated {
+        builder = builder.append_info_data(Isolated(true));
+    }
+    Request {
+        what: format!("set the bridge port #{index}"),
+        message: RouteNetlinkMessage::NewLink(builder.build()),
+        flags: 0,
+        accept: &[],
+    }
+}
+
+/// Makes a bridge as it was: index, name, hardware address, MTU; down, without addresses.
+#[must_use]
+pub fn bridge(bridge: &Link) -> Request {
+    let link = LinkMessageBuilder::<LinkUnspec>::new_with_info_kind(InfoKind::Bridge)
+        .index(bridge.index)
+        .name(bridge.name.clone())
+        .address(bridge.mac.clone())
+        .mtu(bridge.mtu)
+        .build();
+    Request {
+        what: format!("make the bridge {}", bridge.name),
+        message: RouteNetlinkMessage::NewLink(link),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        accept: &[],
+    }
+}
+
+/// Deletes a link.
+#[must_use]
+pub fn delete(index: u32) -> Request {
+    Request {
+        what: format!("delete the link #{index}"),
+        message: RouteNetlinkMessage::DelLink(link(index).build()),
+        flags: 0,
+        accept: &[ENODEV],
+    }
+}
+
+fn route(what: String, message: RouteMessage) -> Request {
+    Request {
+        what,
+        message: RouteNetlinkMessage::NewRoute(message),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        accept: &[EEXIST],
+    }
+}
+
+fn on_link(destination: Ipv4Addr, index: u32) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(destination, 32)
+        .output_interface(index)
+        .scope(RouteScope::Link)
+        .protocol(RouteProtocol::Boot)
+        .build()
+}
+
+/// A host route straight out of a link, as Calico's plugin and Felix make it.
+#[must_use]
+pub fn add_on_link(destination: Ipv4Addr, index: u32) -> Request {
+    route(format!("route {destination} out of #{index}"), on_link(destination, index))
+}
+
+/// Takes that route away.
+#[must_use]
+pub fn delete_on_link(destination: Ipv4Addr, index: u32) -> Request {
+    let mut message = on_link(destination, index);
+    // Felix may have replaced it by its own, of another protocol.
+    message.header.protocol = RouteProtocol::Unspec;
+    Request {
+        what: format!("delete the route to {destination} out of #{index}"),
+        message: RouteNetlinkMessage::DelRoute(message),
+        flags: 0,
+        accept: &[ESRCH],
+    }
+}
+
+/// Replaces a route by one to the same destination through another gateway on the same link.
+#[must_use]
+pub fn via(destination: IpNet, gateway: Ipv4Addr, index: u32) -> Request {
+    let mut builder = RouteMessageBuilder::<Ipv4Addr>::new()
+        .gateway(gateway)
+        .output_interface(index)
+        .protocol(RouteProtocol::Boot);
+    if let (IpNet::V4(net), true) = (destination, destination.prefix_len() > 0) {
+        builder = builder.destination_prefix(net.network(), net.prefix_len());
+    }
+    route(format!("route {destination} via {gateway} out of #{index}"), builder.build())
+}
+
+fn neighbour_message(address: IpAddr, mac: &[u8], index: u32) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    let (family, destination) = match address {
+        IpAddr::V4(address) => (AddressFamily::Inet, NeighbourAddress::Inet(address)),
+        IpAddr::V6(address) => (AddressFamily::Inet6, NeighbourAddress::Inet6(address)),
+    };
+    message.header.family = family;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Reachable;
+    message.attributes.push(NeighbourAttribute::Destination(destination));
+    if !mac.is_empty() {
+        message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+    }
+    message
+}
+
+/// Tells the kernel a neighbour's hardware address, as if it had just answered.
+#[must_use]
+pub fn add_neighbour(address: IpAddr, mac: &[u8], index: u32) -> Request {
+    Request {
+        what: format!("know {address} as {} on #{index}", mac_text(mac)),
+        message: RouteNetlinkMessage::NewNeighbour(neighbour_message(address, mac, index)),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        accept: &[],
+    }
+}
+
+/// Tells the kernel a neighbour's hardware address for good: it is never asked for, nor forgotten when the link loses its carrier.
+#[must_use]
+pub fn add_permanent_neighbour(address: IpAddr, mac: &[u8], index: u32) -> Request {
+    let mut message = neighbour_message(address, mac, index);
+    message.header.state = NeighbourState::Permanent;
+    Request {
+        what: format!("know {address} as {} on #{index} for good", mac_text(mac)),
+        message: RouteNetlinkMessage::NewNeighbour(message),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        accept: &[],
+    }
+}
+
+/// Forgets a neighbour.
+#[must_use]
+pub fn delete_neighbour(address: IpAddr, index: u32) -> Request {
+    Request {
+        what: format!("forget {address} on #{index}"),
+        message: RouteNetlinkMessage::DelNeighbour(neighbour_message(address, &[], index)),
+        flags: 0,
+        accept: &[ENOENT],
+    }
+}
+
+/// Makes a VXLAN device as it was, down; `None` when the link isn't one.
+#[must_use]
+pub fn vxlan(link: &Link, name: &str) -> Option<Request> {
+    use rtnetlink::packet_route::link::{InfoData, InfoVxlan};
+    let facts = link.vxlan.as_ref()?;
+    let mut infos =
+        vec![InfoVxlan::Id(facts.vni), InfoVxlan::Port(facts.port), InfoVxlan::Learning(facts.learning)];
+    match facts.local {
+        Some(IpAddr::V4(address)) => infos.push(InfoVxlan::Local(address)),
+        Some(IpAddr::V6(address)) => infos.push(InfoVxlan::Local6(address)),
+        None => {}
+    }
+    infos.extend(facts.parent.map(InfoVxlan::Link));
+    let message = LinkMessageBuilder::<LinkUnspec>::new_with_info_kind(InfoKind::Vxlan)
+        .index(link.index)
+        .name(name.to_owned())
+        .address(link.mac.clone())
+        .mtu(link.mtu)
+        .set_info_data(InfoData::Vxlan(infos))
+        .build();
+    Some(Request {
+        what: format!("make the VXLAN device {name}"),
+        message: RouteNetlinkMessage::NewLink(message),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        accept: &[],
+    })
+}

@@ -1,0 +1,86 @@
+//! flannel's bridge.
+
+use std::net::IpAddr;
+
+use rtnetlink::packet_route::RouteNetlinkMessage;
+
+use crate::host::netlink::Socket;
+use crate::host::{links, messages};
+use crate::journal::Captured;
+use crate::steps::{Error, pods};
+
+const LOOPBACK: &str = "lo";
+
+/// The bridge's addresses: what connections from the node itself to its pods come from.
+pub fn addresses(captured: &Captured) -> Result<Vec<IpAddr>, Error> {
+    let mut found = Vec::new();
+    for address in captured.bridge.iter().flat_map(|bridge| &bridge.addresses) {
+        if let RouteNetlinkMessage::NewAddress(message) = address.message()? {
+            found.extend(links::address_of(&message).map(|network| network.addr()));
+        }
+    }
+    Ok(found)
+}
+
+/// Deletes the bridge. Its address, the pods' old gateway, becomes the loopback's, where no new connection comes from it.
+pub fn delete(captured: &Captured) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    let mut socket = Socket::open()?;
+    let present = links::links(&mut socket)?;
+    // By name alone the kernel would delete a link of any kind.
+    let ours = |link: &&links::Link| link.index == bridge.link.index && link.kind == "bridge";
+    if let Some(link) = present.iter().find(ours) {
+        let ports: Vec<&str> = present
+            .iter()
+            .filter(|port| {
+                port.master == Some(link.index) && captured.pods.iter().any(|pod| pod.index == port.index)
+            })
+            .map(|port| port.name.as_str())
+            .collect();
+        if !ports.is_empty() {
+            return Err(Error::Unfit(
+                "BridgeInUse",
+                format!("{} are still ports of {}", ports.join(", "), link.name),
+            ));
+        }
+        keep(&mut socket, &present, captured)?;
+        socket.apply(&[messages::delete(link.index)])?;
+    }
+    Ok(())
+}
+
+// Before the bridge goes: there is no instant in which the address isn't the node's.
+fn keep(socket: &mut Socket, present: &[links::Link], captured: &Captured) -> Result<(), Error> {
+    let Some(loopback) = present.iter().find(|link| link.name == LOOPBACK) else { return Ok(()) };
+    let requests: Vec<_> = addresses(captured)?
+        .into_iter()
+        .map(|address| messages::add_address(address, loopback.index))
+        .collect();
+    Ok(socket.apply(&requests)?)
+}
+
+/// Lets the bridge's addresses go, from where [`delete`] put them.
+pub fn let_go(addresses: &[IpAddr]) -> Result<(), Error> {
+    let mut socket = Socket::open()?;
+    let present = links::links(&mut socket)?;
+    let Some(loopback) = present.iter().find(|link| link.name == LOOPBACK) else { return Ok(()) };
+    let requests: Vec<_> =
+        addresses.iter().map(|address| messages::delete_address(*address, loopback.index)).collect();
+    Ok(socket.apply(&requests)?)
+}
+
+/// Makes the bridge as it was, with the settings it needs while pods return to it.
+pub fn make(captured: &Captured) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    let mut socket = Socket::open()?;
+    if !links::links(&mut socket)?.iter().any(|link| link.index == bridge.link.index) {
+        socket.apply(&[messages::bridge(&bridge.link)])?;
+    }
+    pods::loosen(captured)?;
+    let mut requests = vec![messages::up(bridge.link.index)];
+    for address in &bridge.addresses {
+        requests.push(address.restore()?);
+    }
+    socket.apply(&requests)?;
+    let_go(&addresses(captured)?)
+}

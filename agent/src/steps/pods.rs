@@ -1,0 +1,327 @@
+//! The pods' links go from the bridge to Calico's shape: a host end with its own route, a pod end that sends everything to its host.
+//!
+//! No packet needs to be lost, because at every moment each packet finds a way:
+//!
+//! 1. [`prepare`]: each host end gets Felix's name and the bridge's hardware address (which all pods know as their gateway's),
+//!    and the kernel is told the pod's hardware address on it. None of it matters to a port of a bridge.
+//! 2. [`route`]: inside each pod, everything goes to the gateway, also what is for a pod on the same bridge. The bridge's own
+//!    address answers, and the host routes it back through the bridge. No pod needs another pod's hardware address any more.
+//! 3. [`leave_bridge`]: each host end first gets a route to its pod, which works while it still is a port of the bridge (the
+//!    neighbour is known), and then leaves the bridge. What comes from the pod is routed before and after, and takes the
+//!    [`detour`] in between; the reverse path is checked loosely on all ways meanwhile.
+//!
+//! The way back is the same in reverse. A kernel before 6.2 renames only links that are down: there each host end gets its name
+//! outside the bridge, where nothing is to be learned anew when it is up again, and what meets it in that moment is lost.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use crate::host::netlink::{self, Request, Socket};
+use crate::host::netns;
+use crate::host::sysctl::{self, Table};
+use crate::host::{links, messages};
+use crate::inventory::{Pod, Setting};
+use crate::journal::Captured;
+use crate::steps::{Error, detour};
+
+/// Gateway of every pod in Calico.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// How long a bridge may take to send, from its first port on.
+const OPERATING: Duration = Duration::from_secs(1);
+const EBUSY: i32 = nix::errno::Errno::EBUSY as i32;
+const STRICT_IS_CHANGED_TO_LOOSE: (Table, &str, &str) = (Table::Conf4, "rp_filter", "2");
+
+/// What is set on each host end: what Calico's plugin sets (`configureSysctls`), and loose reverse path checks while it moves.
+const HOST_END: [(Table, &str, &str); 5] = [
+    (Table::Conf4, "proxy_arp", "1"),
+    (Table::Conf4, "forwarding", "1"),
+    (Table::Conf4, "route_localnet", "1"),
+    (Table::Neigh4, "proxy_delay", "0"),
+    STRICT_IS_CHANGED_TO_LOOSE,
+];
+
+/// What is set on the bridge while pods move: it answers for the gateway and for pods that have left.
+const BRIDGE: [(Table, &str, &str); 3] =
+    [(Table::Conf4, "proxy_arp", "1"), (Table::Neigh4, "proxy_delay", "0"), STRICT_IS_CHANGED_TO_LOOSE];
+
+/// The present values of what will be set on a host end.
+pub fn host_end_settings(interface: &str) -> Result<Vec<Setting>, Error> {
+    settings(interface, &HOST_END)
+}
+
+/// The present values of what will be set on the bridge.
+pub fn bridge_settings(interface: &str) -> Result<Vec<Setting>, Error> {
+    settings(interface, &BRIDGE)
+}
+
+fn settings(interface: &str, wanted: &[(Table, &str, &str)]) -> Result<Vec<Setting>, Error> {
+    wanted
+        .iter()
+        .map(|(table, key, _)| {
+            let value = sysctl::read(*table, interface, key)?;
+            Ok(Setting { table: *table, key: (*key).to_owned(), value })
+        })
+        .collect()
+}
+
+/// Sets what the bridge and the host ends need while pods are on their way, in either direction.
+pub fn loosen(captured: &Captured) -> Result<(), Error> {
+    if let Some(bridge) = &captured.bridge {
+        for (table, key, value) in BRIDGE {
+            sysctl::write(table, &bridge.link.name, key, value)?;
+        }
+    }
+    for (pod, name) in present(captured)? {
+        let (table, key, value) = STRICT_IS_CHANGED_TO_LOOSE;
+        sysctl::write(table, &name, key, value)?;
+        tracing::debug!(pod = pod.name(), "loose");
+    }
+    Ok(())
+}
+
+// Pods whose host end is there, with its present name. A pod that was deleted meanwhile took its link along.
+fn present(captured: &Captured) -> Result<Vec<(&Pod, String)>, Error> {
+    let mut socket = Socket::open()?;
+    let links = links::links(&mut socket)?;
+    let is = |link: &links::Link, pod: &Pod| {
+        link.index == pod.index && link.kind == "veth" && (link.name == pod.veth || link.name == pod.cali)
+    };
+    Ok(captured
+        .pods
+        .iter()
+        .filter_map(|pod| links.iter().find(|link| is(link, pod)).map(|link| (pod, link.name.clone())))
+        .collect())
+}
+
+/// Step 1. No effect on traffic.
+pub fn prepare(captured: &Captured, live: bool) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    let mut socket = Socket::open()?;
+    // Else the bridge would take the lowest address of its ports, and change its own when a port leaves.
+    socket.apply(&[messages::mac(bridge.link.index, &bridge.link.mac)])?;
+    let present = present(captured)?;
+    for (_, name) in &present {
+        for (table, key, value) in HOST_END {
+            sysctl::write(table, name, key, value)?;
+        }
+    }
+    loosen(captured)?;
+    let mut requests = Vec::new();
+    for (pod, _) in &present {
+        requests.push(messages::mac(pod.index, &bridge.link.mac));
+        requests.extend(neighbours(pod, pod.index));
+    }
+    if live {
+        requests.extend(
+            present
+                .iter()
+                .filter(|(pod, name)| *name != pod.cali)
+                .map(|(pod, _)| messages::rename(pod.index, &pod.cali)),
+        );
+    }
+    renamed(socket.batch(&requests)?)
+}
+
+// A kernel that can't rename them now does it while they are out of the bridge.
+fn renamed(failures: Vec<netlink::Error>) -> Result<(), Error> {
+    failures.into_iter().find(|error| error.errno() != Some(EBUSY)).map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Step 1, undone.
+pub fn unprepare(captured: &Captured) -> Result<(), Error> {
+    let mut socket = Socket::open()?;
+    let present = present(captured)?;
+    for (pod, name) in &present {
+        if *name != pod.veth {
+            // It never left the bridge, so that this kernel renamed it live.
+            socket.apply(&[messages::rename(pod.index, &pod.veth)])?;
+        }
+        let mut requests = vec![messages::mac(pod.index, &pod.mac)];
+        requests.extend(pod.adopted.ip.iter().map(|ip| messages::delete_neighbour(*ip, pod.index)));
+        socket.apply(&requests)?;
+        for setting in &pod.settings {
+            sysctl::write(setting.table, &pod.veth, &setting.key, &setting.value)?;
+        }
+    }
+    if let Some(bridge) = &captured.bridge {
+        for setting in &bridge.settings {
+            sysctl::write(setting.table, &bridge.link.name, &setting.key, &setting.value)?;
+        }
+    }
+    Ok(())
+}
+
+// Outside the bridge. Setting a link down forgets its neighbours and routes.
+fn rename(
+    socket: &mut Socket,
+    pods: &[(&Pod, String)],
+    to: fn(&Pod) -> &str,
+    live: bool,
+) -> Result<(), Error> {
+    let asked: Vec<_> = pods.iter().filter(|(pod, name)| name != to(pod)).collect();
+    if live {
+        let requests: Vec<_> = asked.iter().map(|(pod, _)| messages::rename(pod.index, to(pod))).collect();
+        let failures = socket.batch(&requests)?;
+        if failures.is_empty() {
+            return Ok(());
+        }
+        renamed(failures)?;
+    }
+    for (pod, name) in pods {
+        let mut requests = Vec::new();
+        if name != to(pod) {
+            requests.extend([messages::down(pod.index), messages::rename(pod.index, to(pod))]);
+        }
+        // Also for one that a crash left down.
+        requests.push(messages::up(pod.index));
+        requests.extend(neighbours(pod, pod.index));
+        requests.extend(host_routes(pod, messages::add_on_link));
+        socket.apply(&requests)?;
+    }
+    Ok(())
+}
+
+fn neighbours(pod: &Pod, index: u32) -> impl Iterator<Item = Request> {
+    pod.adopted.ip.iter().map(move |ip| messages::add_neighbour(*ip, &pod.inner_mac, index))
+}
+
+// The pod's namespace; `None` when the pod was deleted meanwhile.
+fn inside(pod: &Pod) -> Result<Option<Socket>, Error> {
+    let path = netns::host_path(&pod.netns);
+    if !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(Socket::open_in(&path)?))
+}
+
+/// Step 2. Pods send everything to their gateway.
+pub fn route(captured: &Captured) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    let mut sockets = Vec::new();
+    for pod in &captured.pods {
+        if let Some(socket) = inside(pod)? {
+            sockets.push((pod, socket));
+        }
+    }
+    for (pod, socket) in &mut sockets {
+        socket.apply(&route_requests(pod, &bridge.link.mac)?)?;
+    }
+    Ok(())
+}
+
+fn route_requests(pod: &Pod, gateway_mac: &[u8]) -> Result<Vec<Request>, Error> {
+    let any = ipnet::IpNet::V4(ipnet::Ipv4Net::default());
+    let mut requests = vec![
+        messages::add_permanent_neighbour(GATEWAY.into(), gateway_mac, pod.inner_index),
+        messages::add_on_link(GATEWAY, pod.inner_index),
+        messages::via(any, GATEWAY, pod.inner_index),
+    ];
+    // The default route was replaced, not added: its deletion finds nothing. Those through a gateway go before the one that
+    // makes the gateway reachable.
+    for route in by_gateway(pod, true)?.into_iter().chain(by_gateway(pod, false)?) {
+        requests.push(route.delete()?);
+    }
+    Ok(requests)
+}
+
+fn by_gateway(pod: &Pod, with: bool) -> Result<Vec<crate::host::saved::Saved>, Error> {
+    use rtnetlink::packet_route::RouteNetlinkMessage::NewRoute;
+    let mut found = Vec::new();
+    for saved in &pod.routes {
+        if let NewRoute(route) = saved.message()?
+            && links::gateway(&route).is_some() == with
+        {
+            found.push(saved.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// Step 2, undone.
+pub fn unroute(captured: &Captured) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    for pod in &captured.pods {
+        let Some(mut socket) = inside(pod)? else { continue };
+        let mut requests = Vec::new();
+        if let Some(gateway) = pod.gateway {
+            requests.push(messages::add_neighbour(gateway, &bridge.link.mac, pod.inner_index));
+        }
+        for route in by_gateway(pod, false)?.into_iter().chain(by_gateway(pod, true)?) {
+            requests.push(route.restore()?);
+        }
+        requests.push(messages::delete_on_link(GATEWAY, pod.inner_index));
+        requests.push(messages::delete_neighbour(IpAddr::V4(GATEWAY), pod.inner_index));
+        socket.apply(&requests)?;
+    }
+    Ok(())
+}
+
+/// Step 3. Host ends leave the bridge.
+pub fn leave_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    let mut socket = Socket::open()?;
+    let leaving = present(captured)?;
+    let mut requests = Vec::new();
+    for (pod, _) in &leaving {
+        requests.extend(host_routes(pod, messages::add_on_link));
+        requests.push(messages::leave(pod.index));
+    }
+    detour::around(&names(&leaving), &bridge.link, || socket.apply(&requests))?;
+    rename(&mut socket, &leaving, |pod| &pod.cali, live)?;
+    // Felix sets these as it wants them; until then, as strict as they were.
+    for (pod, name) in present(captured)? {
+        for setting in pod.settings.iter().filter(|setting| setting.key == "rp_filter") {
+            sysctl::write(setting.table, &name, &setting.key, &setting.value)?;
+        }
+    }
+    Ok(())
+}
+
+/// Step 3, undone.
+pub fn join_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
+    let Some(bridge) = &captured.bridge else { return Ok(()) };
+    loosen(captured)?;
+    let mut socket = Socket::open()?;
+    rename(&mut socket, &present(captured)?, |pod| &pod.veth, live)?;
+    let joining = present(captured)?;
+    let (mut join, mut unroute) = (Vec::new(), Vec::new());
+    for (pod, _) in &joining {
+        join.push(messages::mac(pod.index, &bridge.link.mac));
+        // A new hardware address forgets the neighbours. On the bridge, a question that met a port that wasn't ready yet would be
+        // repeated after a second only.
+        join.extend(neighbours(pod, pod.index).chain(neighbours(pod, bridge.link.index)));
+        join.push(messages::join(pod.index, bridge.link.index));
+        join.push(messages::port(pod.index, pod.port));
+        unroute.extend(host_routes(pod, messages::delete_on_link));
+    }
+    detour::around(&names(&joining), &bridge.link, || {
+        socket.apply(&join)?;
+        if !joining.is_empty() {
+            wait_until_operating(&mut socket, bridge.link.index)?;
+        }
+        socket.apply(&unroute)
+    })?;
+    Ok(())
+}
+
+// A bridge has a carrier with its first port, and sends a moment later. A bridge that never does is used all the same: the pods'
+// other way is taken from them only now, and what is wrong with it shows in the verification.
+fn wait_until_operating(socket: &mut Socket, bridge: u32) -> Result<(), netlink::Error> {
+    let started = Instant::now();
+    while !links::operates(socket, bridge)? && started.elapsed() < OPERATING {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn names(pods: &[(&Pod, String)]) -> Vec<String> {
+    pods.iter().map(|(_, name)| name.clone()).collect()
+}
+
+fn host_routes(pod: &Pod, request: fn(Ipv4Addr, u32) -> Request) -> Vec<Request> {
+    let addresses = pod.adopted.ip.iter().filter_map(|ip| match ip {
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
+    });
+    addresses.map(|address| request(address, pod.index)).collect()
+}

@@ -1,0 +1,10 @@
+//! Calico's objects: their shapes, and how they are prepared, without ever disturbing what uses them.
+
+pub mod block;
+pub mod canal;
+pub mod ipam;
+pub mod kept;
+pub mod names;
+pub mod prepare;
+pub mod release;
+pub mod types;

@@ -1,0 +1,347 @@
+//! The steps of one node as effects: each reads the node afresh, checks that the step still applies, and writes with the version read.
+
+use std::time::Duration;
+
+use flannel_migration_protocol::{Epoch, Goal, Grant, Network, State, Strategy};
+use k8s_openapi::api::core::v1::Node;
+use kube::api::Api;
+use kube::runtime::events::EventType;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::api::{self, CONFLICT_RETRIES, Writer, found, read};
+use crate::args::Policy;
+use crate::calico::{canal, ipam, names, prepare};
+use crate::cluster::{NodeFacts, Nodes};
+use crate::drain;
+use crate::patch::{self, failure, labelled};
+use crate::plan::Step;
+use crate::requests::Requests;
+use crate::settings::Settings;
+use crate::status::Board;
+
+/// Why a step wasn't completed. It is decided anew what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A call failed.
+    #[error(transparent)]
+    Api(#[from] api::Error),
+    /// Pods are in the way.
+    #[error(transparent)]
+    Drain(#[from] drain::Blocked),
+    /// IPAM refused.
+    #[error(transparent)]
+    Ipam(#[from] ipam::Error),
+    /// The node can't be prepared.
+    #[error(transparent)]
+    Prepare(#[from] prepare::Error),
+    /// The node says something that its state doesn't allow.
+    #[error("{0}")]
+    Inconsistent(String),
+}
+
+impl Error {
+    /// `CamelCase`, for events.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Api(error) => error.reason(),
+            Self::Drain(error) => error.reason(),
+            Self::Ipam(error) => error.reason(),
+            Self::Prepare(error) => error.reason(),
+            Self::Inconsistent(_) => "NodeInconsistent",
+        }
+    }
+}
+
+/// What the steps of all nodes share.
+#[derive(Clone)]
+pub struct Steps {
+    /// The cluster's writer.
+    pub writer: Writer,
+    /// The watched nodes, to be told what was written.
+    pub nodes: Nodes,
+    /// What holds.
+    pub settings: Settings,
+    /// How nodes are taken through.
+    pub policy: Policy,
+    /// Length of Calico's blocks.
+    pub block_size: u8,
+    /// Where it is told what becomes of nodes.
+    pub board: Board,
+    /// What an administrator asks of the whole cluster.
+    pub requests: Requests,
+}
+
+impl Steps {
+    /// Does one step.
+    pub async fn run(&self, node: &str, step: &Step) -> Result<(), Error> {
+        match step {
+            Step::Enrol => self.enrol(node).await,
+            Step::Relabel(network) => self.relabel(node, *network).await,
+            Step::Grant { epoch, goal, strategy } => self.grant(node, *epoch, *goal, *strategy).await,
+            Step::CallOff => self.call_off(node).await,
+            Step::Clear => self.clear(node).await,
+            Step::Register => self.register(node).await,
+            Step::Retreat => self.retreat(node).await,
+            Step::GiveBack => self.give_back(node).await,
+            Step::Settle => self.settle(node).await,
+        }
+    }
+
+    /// Reads the node and writes what `patch` says, again and again while others write in between. `None`: the node is gone, or
+    /// `patch` finds that nothing is to be written any more.
+    pub(crate) async fn swap(
+        &self,
+        node: &str,
+        what: &str,
+        patch: impl Fn(&NodeFacts) -> Option<Value>,
+    ) -> Result<Option<NodeFacts>, api::Error> {
+        let nodes: Api<Node> = Api::all(self.writer.client.clone());
+        let what = format!("{what} (node {node})");
+        let mut last = None;
+        for _ in 0..CONFLICT_RETRIES {
+            let Some(now) = found(read(what.as_str(), nodes.get(node)).await)? else { return Ok(None) };
+            let facts = NodeFacts::from(&now);
+            let Some(mut patch) = patch(&facts) else { return Ok(None) };
+            if let Some(metadata) =
+                patch.as_object_mut().map(|patch| patch.entry("metadata").or_insert_with(|| json!({})))
+            {
+                metadata["resourceVersion"] = facts.version.clone().into();
+            }
+            match self.writer.merge(what.as_str(), &nodes, node, &patch).await {
+                Ok(written) => {
+                    let written = NodeFacts::from(&written);
+                    self.nodes.wrote(written.clone());
+                    return Ok(Some(written));
+                }
+                Err(error) if error.is_conflict() => last = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last.unwrap_or(api::Error::Timeout { what }))
+    }
+
+    async fn enrol(&self, node: &str) -> Result<(), Error> {
+        let Some(facts) = self.nodes.all().into_iter().find(|facts| facts.name == node) else {
+            return Ok(());
+        };
+        let Some(network) = self.settings.network() else { return Ok(()) };
+        let prefix = &self.settings.flannel.annotation_prefix;
+        // flannel's selector keeps it off nodes without label: whoever has no annotations now will never have any.
+        let (flannel, label) = match prepare::flannel_node(&facts, prefix, network) {
+            Ok(flannel) => (flannel, Network::Flannel),
+            Err(_) => (self.join(&facts, network).await?, Network::Calico),
+        };
+        prepare::node(&self.writer, &facts, &flannel, self.block_size).await?;
+        self.swap(node, "label the node", |now| now.view.network.is_absent().then(|| labelled(label)))
+            .await?;
+        info!(node, step = "enrol", network = %label, "node joined the migration");
+        Ok(())
+    }
+
+    /// A node that joined in mid-run never had flannel. So that the nodes that flannel still runs on reach it, it is announced to
+    /// them in flannel's own words.
+    async fn join(&self, facts: &NodeFacts, network: ipnet::IpNet) -> Result<prepare::FlannelNode, Error> {
+        let node = prepare::joined_node(facts, network).map_err(prepare::Error::Contradiction)?;
+        let annotations = prepare::flannel_annotations(&node, &self.settings);
+        self.swap(&facts.name, "announce the node to flannel", |_| {
+            Some(json!({ "metadata": { "annotations": annotations } }))
+        })
+        .await?;
+        Ok(node)
+    }
+
+    async fn relabel(&self, node: &str, network: Network) -> Result<(), Error> {
+        let labelled =
+            self.swap(node, "correct the network label", |now| patch::relabelled(now, network)).await?;
+        if labelled.is_some() {
+            info!(node, step = "relabel", %network, "network label corrected");
+        }
+        Ok(())
+    }
+
+    async fn grant(&self, node: &str, epoch: Epoch, goal: Goal, strategy: Strategy) -> Result<(), Error> {
+        let grant = Grant {
+            epoch,
+            fence: self.writer.fence(),
+            goal,
+            strategy,
+            budget_seconds: self.policy.node_budget.as_secs(),
+            keep_seconds: self.policy.keep_connections.as_secs(),
+            flannel: self.settings.flannel_facts.clone(),
+            calico: self.settings.calico_facts.clone(),
+        };
+        let rest = if goal == Goal::Migrate { State::Flannel } else { State::Calico };
+        let granted = self.swap(node, "grant a lease", |now| patch::granted(now, &grant)).await?;
+        if granted.is_some() {
+            self.board.granted(node, strategy.as_str());
+            info!(node, epoch = epoch.get(), state = %rest, step = "grant", ?goal, %strategy, "lease granted");
+            self.tell(node, EventType::Normal, "LeaseGranted", format!("lease {epoch}, strategy {strategy}"))
+                .await;
+        }
+        Ok(())
+    }
+
+    async fn clear(&self, node: &str) -> Result<(), Error> {
+        let Some(facts) = self.look(node, &[State::Prepared]).await? else { return Ok(()) };
+        let (Some(grant), Some(report)) = (facts.view.granted(), facts.view.report.get()) else {
+            return Ok(());
+        };
+        let epoch = grant.epoch;
+        let pods = drain::pods_of(&self.writer.client, node).await?;
+        // Under `drain` nothing new may come; under `in-place`, what was evicted must not come back.
+        if grant.strategy == Strategy::Drain
+            || !drain::leaving(&pods, grant.strategy, &report.evict).is_empty()
+        {
+            self.swap(node, "cordon the node", |now| patch::cordoned(now, epoch)).await?;
+        }
+        // Looked up after cordoning: nothing is scheduled to the node between this and the switch.
+        let leave = drain::leaving(&pods, grant.strategy, &report.evict);
+        for evict in &report.evict {
+            info!(
+                node,
+                epoch = epoch.get(),
+                step = "drain",
+                pod = format!("{}/{}", evict.namespace, evict.pod),
+                reason = evict.reason,
+                "can't be adopted"
+            );
+        }
+        let evicted = tokio::select! {
+            evicted = drain::evict(&self.writer, node, &pods, &leave, self.policy.drain_timeout) => evicted,
+            () = self.unwanted(node) => return self.call_off(node).await,
+        };
+        if let Err(blocked) = evicted {
+            return match blocked {
+                drain::Blocked::InTime { .. } => self.withdraw(node, epoch, &blocked).await,
+                drain::Blocked::Api(_) => Err(blocked.into()),
+            };
+        }
+        let left = self.swap(node, "let flannel leave", |now| patch::cleared(now, epoch)).await?;
+        if left.is_some() {
+            self.board.evicted(node, leave.len());
+            info!(
+                node,
+                epoch = epoch.get(),
+                state = "prepared",
+                step = "clear",
+                evicted = leave.len(),
+                "flannel may leave"
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes a lease back whose agent has changed nothing yet.
+    async fn withdraw(&self, node: &str, epoch: Epoch, blocked: &drain::Blocked) -> Result<(), Error> {
+        let message = drain::describe(blocked);
+        let taken = self
+            .swap(node, "withdraw the lease", |now| {
+                let failed = failure(&now.view, epoch, false, blocked.reason(), &message);
+                patch::withdrawn(now, epoch, Some(failed))
+            })
+            .await?;
+        if taken.is_some() {
+            self.board.metrics.node_failed(blocked.reason());
+            warn!(
+                node,
+                epoch = epoch.get(),
+                step = "drain",
+                reason = blocked.reason(),
+                why = message,
+                "lease withdrawn; tried again later"
+            );
+            self.tell(node, EventType::Warning, blocked.reason(), message).await;
+        }
+        Ok(())
+    }
+
+    async fn register(&self, node: &str) -> Result<(), Error> {
+        let Some(facts) = self.look(node, &[State::Verifying]).await? else { return Ok(()) };
+        let Some(epoch) = facts.view.granted().map(|grant| grant.epoch) else { return Ok(()) };
+        let Some(adopted) = facts.view.adopted.get() else {
+            return Err(Error::Inconsistent(format!(
+                "node {node} is verifying, but doesn't say which pods it adopted"
+            )));
+        };
+        let (ipam, blocks) = (ipam::Ipam::new(self.writer.clone()), self.blocks(&facts));
+        ipam.adopt(node, &blocks, adopted).await?;
+        ipam.keep(node, &blocks, facts.view.kept.get().map_or(&[][..], Vec::as_slice)).await?;
+        if self.settings.flannel.canal {
+            canal::release(&self.writer, node).await?;
+        }
+        let labelled = self.swap(node, "let Calico come", |now| patch::registered(now, epoch)).await?;
+        if labelled.is_some() {
+            info!(
+                node,
+                epoch = epoch.get(),
+                state = "verifying",
+                step = "register",
+                adopted = adopted.len(),
+                "adopted addresses are Calico's; Calico may come"
+            );
+        }
+        Ok(())
+    }
+
+    async fn settle(&self, node: &str) -> Result<(), Error> {
+        let Some(facts) = self.look(node, &[State::Calico]).await? else { return Ok(()) };
+        let Some(grant) = facts.view.granted() else { return Ok(()) };
+        let epoch = grant.epoch;
+        let mut renewed = 0;
+        if grant.strategy == Strategy::Drain {
+            let adopted = facts.view.adopted.get().map_or(&[][..], Vec::as_slice);
+            renewed =
+                match drain::renew(&self.writer, node, adopted, self.policy.drain_timeout.min(RENEW_LIMIT))
+                    .await
+                {
+                    Ok(renewed) => renewed,
+                    // The node is migrated and the pods are connected: no reason to hold the others up.
+                    Err(blocked @ drain::Blocked::InTime { .. }) => {
+                        warn!(
+                            node,
+                            epoch = epoch.get(),
+                            step = "settle",
+                            why = drain::describe(&blocked),
+                            "left-over pods not made anew"
+                        );
+                        0
+                    }
+                    Err(blocked @ drain::Blocked::Api(_)) => return Err(blocked.into()),
+                };
+        }
+        let settled = self.swap(node, "take the lease back", |now| patch::settled(now, epoch)).await?;
+        if settled.is_some() {
+            self.board.migrated(node, facts.view.adopted.get().map_or(0, Vec::len));
+            info!(node, epoch = epoch.get(), state = "calico", step = "settle", renewed, "node migrated");
+            self.tell(node, EventType::Normal, "Migrated", "the node's network is Calico's".to_owned()).await;
+        }
+        Ok(())
+    }
+
+    /// The node, if its agent has answered its lease with one of these states.
+    pub(crate) async fn look(&self, node: &str, states: &[State]) -> Result<Option<NodeFacts>, api::Error> {
+        let nodes: Api<Node> = Api::all(self.writer.client.clone());
+        let facts = found(read(format!("read node {node}"), nodes.get(node)).await)?
+            .map(|node| NodeFacts::from(&node));
+        Ok(facts.filter(|facts| facts.view.answered().is_some_and(|state| states.contains(&state))))
+    }
+
+    /// The blocks of a node's pod network.
+    pub(crate) fn blocks(&self, facts: &NodeFacts) -> Vec<ipnet::IpNet> {
+        facts
+            .pod_cidrs
+            .iter()
+            .filter(|cidr| matches!(cidr, ipnet::IpNet::V4(_)))
+            .flat_map(|cidr| names::blocks(&cidr.trunc(), self.block_size))
+            .collect()
+    }
+
+    pub(crate) async fn tell(&self, node: &str, type_: EventType, reason: &str, message: String) {
+        self.writer.event(node, type_, reason, message).await;
+    }
+}
+
+/// How long making left-over pods anew may hold up a migrated node.
+const RENEW_LIMIT: Duration = Duration::from_mins(2);

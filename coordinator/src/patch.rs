@@ -1,0 +1,169 @@
+//! What is written to nodes. Pure.
+
+use flannel_migration_protocol::{Epoch, Failures, Goal, Grant, Network, NodeView, Request, State, keys};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::cluster::NodeFacts;
+use crate::plan::back_off;
+
+/// Whether the lease `epoch` is in force and its agent has answered with one of `states`.
+#[must_use]
+pub fn holds(view: &NodeView, epoch: Epoch, states: &[State]) -> bool {
+    view.granted().is_some_and(|grant| grant.epoch == epoch)
+        && view.answered().is_some_and(|state| states.contains(&state))
+}
+
+/// Gives a lease to a node that is at rest where the lease begins; `None` when it isn't, or isn't to be started.
+#[must_use]
+pub fn granted(now: &NodeFacts, grant: &Grant) -> Option<Value> {
+    let view = &now.view;
+    let (rest, held) = match grant.goal {
+        Goal::Migrate => (State::Flannel, view.paused || !view.request.is_absent()),
+        Goal::Rollback => {
+            (State::Calico, view.request.get().map_or(view.paused, |own| *own != Request::Rollback))
+        }
+    };
+    let newer = view.last_epoch().is_none_or(|last| last < grant.epoch);
+    let free = view.lease.is_absent() && view.state.get() == Some(&rest) && now.ready && newer && !held;
+    let text = serde_json::to_string(grant).ok()?;
+    free.then(|| {
+        json!({ "metadata": {
+            "labels": { keys::LEASE: grant.epoch.to_string() },
+            "annotations": { keys::GRANT: text },
+        } })
+    })
+}
+
+/// Keeps new pods off a node that is being cleared.
+#[must_use]
+pub fn cordoned(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    (holds(&now.view, epoch, &[State::Prepared]) && !now.unschedulable).then(|| {
+        json!({ "metadata": { "annotations": { keys::CORDONED: "true" } }, "spec": { "unschedulable": true } })
+    })
+}
+
+/// Lets flannel's pod leave a prepared node.
+#[must_use]
+pub fn cleared(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    holds(&now.view, epoch, &[State::Prepared]).then(|| labelled(Network::None))
+}
+
+/// Takes a lease back whose agent has changed nothing, and can't: flannel's pod may still run.
+#[must_use]
+pub fn withdrawn(now: &NodeFacts, epoch: Epoch, failures: Option<Failures>) -> Option<Value> {
+    let unchanged = holds(&now.view, epoch, &[State::Preparing, State::Prepared])
+        && now.view.network.get() == Some(&Network::Flannel);
+    unchanged.then(|| released(now, failures, None))
+}
+
+/// Lets Calico's pod come to a node whose addresses are registered.
+#[must_use]
+pub fn registered(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    holds(&now.view, epoch, &[State::Verifying]).then(|| labelled(Network::Calico))
+}
+
+/// Lets Calico's pod leave a node that goes back.
+#[must_use]
+pub fn retreated(now: &NodeFacts) -> Option<Value> {
+    let reverting = now.view.answered() == Some(State::Reverting);
+    (reverting && now.view.network.get() != Some(&Network::None)).then(|| labelled(Network::None))
+}
+
+/// Lets flannel's pod come back to a node that is flannel's again, under its lease still.
+#[must_use]
+pub fn returned(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    let back = holds(&now.view, epoch, &[State::Flannel]);
+    (back && now.view.network.get() != Some(&Network::Flannel)).then(|| labelled(Network::Flannel))
+}
+
+/// Takes the lease back from a node that is flannel's again.
+#[must_use]
+pub fn given_back(now: &NodeFacts, epoch: Epoch, failures: Option<Failures>) -> Option<Value> {
+    holds(&now.view, epoch, &[State::Flannel]).then(|| released(now, failures, Some(Network::Flannel)))
+}
+
+/// Takes the lease back from a node that is Calico's, verified.
+#[must_use]
+pub fn settled(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    holds(&now.view, epoch, &[State::Calico]).then(|| released(now, None, Some(Network::Calico)))
+}
+
+/// Corrects the network label of a node at rest without a lease.
+#[must_use]
+pub fn relabelled(now: &NodeFacts, network: Network) -> Option<Value> {
+    (now.view.lease.is_absent() && now.view.network.get() != Some(&network)).then(|| labelled(network))
+}
+
+/// Sets the network label.
+#[must_use]
+pub fn labelled(network: Network) -> Value {
+    json!({ "metadata": { "labels": { keys::NETWORK: network.as_str() } } })
+}
+
+/// Takes lease and grant away, uncordons if it was us who cordoned, notes or forgets failures, and says whose network it is: one patch.
+#[must_use]
+pub fn released(now: &NodeFacts, failures: Option<Failures>, network: Option<Network>) -> Value {
+    let failures = failures.and_then(|failures| serde_json::to_string(&failures).ok());
+    let network = network.or(now.view.network.get().copied()).map(Network::as_str);
+    let metadata = json!({
+        "labels": { keys::LEASE: null, keys::NETWORK: network },
+        "annotations": { keys::GRANT: null, keys::CORDONED: null, keys::FAILURES: failures },
+    });
+    if now.view.cordoned {
+        json!({ "metadata": metadata, "spec": { "unschedulable": null } })
+    } else {
+        json!({ "metadata": metadata })
+    }
+}
+
+/// One more failure: tried again after a pause that grows.
+#[must_use]
+pub fn failure(view: &NodeView, epoch: Epoch, touched: bool, reason: &str, message: &str) -> Failures {
+    let before = view.failures.get();
+    let count = before.map_or(0, |failures| failures.count).saturating_add(1);
+    let now = Timestamp::now();
+    Failures {
+        count,
+        last_epoch: epoch,
+        retry_after: now.checked_add(back_off(count)).unwrap_or(now),
+        touched: touched || before.is_some_and(|failures| failures.touched),
+        reason: reason.to_owned(),
+        message: message.chars().take(500).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_we_cordoned_is_uncordoned() {
+        let mut node = NodeFacts { unschedulable: true, ..NodeFacts::default() };
+        assert!(released(&node, None, None).get("spec").is_none());
+        node.view.cordoned = true;
+        assert_eq!(released(&node, None, None)["spec"], json!({ "unschedulable": null }));
+    }
+
+    #[test]
+    fn releasing_removes_lease_and_grant_and_forgets_failures() {
+        let patch = released(&NodeFacts::default(), None, Some(Network::Calico));
+        assert_eq!(patch["metadata"]["labels"], json!({ keys::LEASE: null, keys::NETWORK: "calico" }));
+        assert_eq!(
+            patch["metadata"]["annotations"],
+            json!({ keys::GRANT: null, keys::CORDONED: null, keys::FAILURES: null })
+        );
+    }
+
+    #[test]
+    fn failures_add_up_and_back_off() {
+        let epoch = Epoch::new(3).unwrap();
+        let mut view = NodeView::default();
+        let first = failure(&view, epoch, false, "RpFilterNotStrict", "set it");
+        assert_eq!((first.count, first.touched, first.last_epoch), (1, false, epoch));
+        view.failures =
+            flannel_migration_protocol::Field::Present(Failures { touched: true, ..first.clone() });
+        let second = failure(&view, epoch, false, "X", "");
+        assert!(second.count == 2 && second.touched && second.retry_after > first.retry_after);
+    }
+}

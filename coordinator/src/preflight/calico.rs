@@ -1,0 +1,241 @@
+//! What is wrong with Calico, and with what it left or was given before.
+
+use ipnet::IpNet;
+use regex::Regex;
+use serde_json::Value;
+
+use super::{Finding, flannel};
+use crate::calico::types::{FelixConfigurationSpec, IpPoolSpec};
+use crate::calico::{names, prepare};
+use crate::cluster::NodeFacts;
+use crate::discover::CalicoDaemon;
+use crate::origin::Version;
+use crate::settings::Settings;
+
+/// Where Calico's manifest is, for people.
+const STOCK: &str = "Apply Calico's stock manifests/flannel-migration/calico.yaml";
+/// Older ones release the blocks of nodes that still run flannel.
+const OLDEST: Version = Version(3, 23, 0);
+
+/// What is in Calico's datastore before the migration writes there.
+#[derive(Clone, Debug, Default)]
+pub struct Datastore {
+    /// Whether `crd.projectcalico.org` is served.
+    pub definitions: bool,
+    /// Whether only the newer group `projectcalico.org` is.
+    pub only_native: bool,
+    /// The pools, by name.
+    pub pools: Vec<(String, IpPoolSpec)>,
+    /// The blocks: network, and `host:<node>`.
+    pub blocks: Vec<(IpNet, Option<String>)>,
+    /// Felix's configuration.
+    pub felix: Option<FelixConfigurationSpec>,
+}
+
+/// About its resource definitions.
+pub fn definitions(datastore: &Datastore, findings: &mut Vec<Finding>) {
+    if datastore.only_native {
+        findings.push(Finding::fatal(
+            "CalicoDatastoreGroup",
+            "CustomResourceDefinition ippools.projectcalico.org",
+            "Calico keeps its data in the group projectcalico.org, not in crd.projectcalico.org",
+            "This version knows crd.projectcalico.org only: apply a Calico manifest that uses it (before 3.32 all do)",
+        ));
+    } else if !datastore.definitions {
+        findings.push(Finding::blocking(
+            "CalicoDefinitionsMissing",
+            "CustomResourceDefinition ippools.crd.projectcalico.org",
+            "Calico's resource definitions are missing",
+            STOCK,
+        ));
+    }
+}
+
+/// About its DaemonSet. `pods`: how many of its pods are meant to run; `begun`: the migration has labelled nodes.
+pub fn daemon(calico: &CalicoDaemon, template: Option<&str>, pods: i32, findings: &mut Vec<Finding>) {
+    let object = format!("DaemonSet {}", calico.daemon_set);
+    let selector = crate::survey::NETWORK_LABEL;
+    if !calico.waits {
+        findings.push(if pods > 0 {
+            Finding::fatal(
+                "CalicoRunsAlready",
+                &object,
+                format!(
+                    "it has no nodeSelector {selector}=calico, and {pods} of its pods run next to flannel"
+                ),
+                format!("Give it the nodeSelector {selector}=calico, or: {STOCK}"),
+            )
+        } else {
+            Finding::fatal(
+                "CalicoDoesNotWait",
+                &object,
+                format!("it has no nodeSelector {selector}=calico, so that it runs next to flannel"),
+                format!("Give it the nodeSelector {selector}=calico, or: {STOCK}"),
+            )
+        });
+    }
+    if let Some(version) = calico.version.filter(|version| *version < OLDEST) {
+        findings.push(Finding::fatal(
+            "CalicoTooOld",
+            &object,
+            format!("Calico's version is {version}; before {OLDEST} it gives away the blocks of nodes that flannel still runs"),
+            format!("Apply manifests/flannel-migration/calico.yaml of Calico {OLDEST} or later"),
+        ));
+    }
+    if let Some(datastore) = calico.datastore.as_deref().filter(|datastore| *datastore != "kubernetes") {
+        findings.push(Finding::fatal(
+            "CalicoInEtcd",
+            &object,
+            format!("its DATASTORE_TYPE is {datastore}"),
+            format!("Only Calico with the Kubernetes datastore can take over: {STOCK}"),
+        ));
+    }
+    if let Some(why) = template.and_then(unusable) {
+        findings.push(Finding::fatal(
+            "CalicoManifestUnusable",
+            format!("ConfigMap {}/{}", calico.daemon_set.namespace, calico.config_map),
+            format!("{}: {why}", calico.template_key),
+            STOCK,
+        ));
+    }
+    flannel::managed(&object, calico.keeper.as_ref(), findings);
+}
+
+/// The template as its installer would complete it, as far as its structure goes.
+fn completed(template: &str) -> Result<Value, String> {
+    // Placeholders are inside of strings or stand for numbers: a number fits both.
+    let text = match Regex::new("__[A-Z0-9]+(_[A-Z0-9]+)*__") {
+        Ok(placeholder) => placeholder.replace_all(template, "1").into_owned(),
+        Err(error) => return Err(error.to_string()),
+    };
+    serde_json::from_str(&text).map_err(|error| format!("it is no JSON ({error})"))
+}
+
+fn plugins(config: &Value) -> Vec<&Value> {
+    config
+        .get("plugins")
+        .and_then(Value::as_array)
+        .map(|plugins| plugins.iter().collect())
+        .unwrap_or_default()
+}
+
+fn type_of(plugin: &Value) -> Option<&str> {
+    plugin.get("type").and_then(Value::as_str)
+}
+
+/// Why a CNI config template can't be used.
+fn unusable(template: &str) -> Option<String> {
+    let config = match completed(template) {
+        Ok(config) => config,
+        Err(why) => return Some(why),
+    };
+    let plugins = plugins(&config);
+    let first = plugins.first()?;
+    if type_of(first) != Some("calico") {
+        return Some(format!("its first plugin is {}, not calico", type_of(first).unwrap_or("unnamed")));
+    }
+    let ipam = first.get("ipam").and_then(type_of).unwrap_or("none");
+    (ipam != "calico-ipam").then(|| format!("its IPAM is {ipam}, not calico-ipam"))
+}
+
+/// The plugins that a template names and Calico's installer doesn't bring.
+#[must_use]
+pub fn foreign_plugins(template: &str) -> Vec<String> {
+    const BROUGHT: [&str; 8] =
+        ["bandwidth", "calico", "calico-ipam", "flannel", "host-local", "loopback", "portmap", "tuning"];
+    let Ok(config) = completed(template) else { return Vec::new() };
+    plugins(&config)
+        .into_iter()
+        .flat_map(|plugin| [type_of(plugin), plugin.get("ipam").and_then(type_of)])
+        .flatten()
+        .filter(|name| !BROUGHT.contains(name))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// About what is in its datastore. `in_use`: some node is Calico's already.
+pub fn contents(
+    datastore: &Datastore,
+    settings: &Settings,
+    nodes: &[NodeFacts],
+    in_use: bool,
+    findings: &mut Vec<Finding>,
+) {
+    let Some(network) = settings.network() else { return };
+    let lens: Vec<u8> = nodes
+        .iter()
+        .flat_map(|node| &node.pod_cidrs)
+        .filter(|cidr| network.contains(*cidr))
+        .map(IpNet::prefix_len)
+        .collect();
+    let block_size = Settings::block_size(&lens);
+    let wanted = prepare::pool(network, block_size, settings.ip_masq);
+    // Canal's own pool gives out no addresses: it is made the one that is needed.
+    let taken_over = |name: &str| settings.flannel.canal && !in_use && name == names::POOL;
+    let pools = datastore.pools.iter().filter(|(name, _)| !taken_over(name));
+    findings.extend(pools.filter_map(|(name, pool)| prepare::pool_finding(name, pool, &wanted)));
+    for node in nodes.iter().filter(|node| super::nodes::untouched(node)) {
+        let own = format!("host:{}", node.name);
+        for cidr in node.pod_cidrs.iter().filter(|cidr| network.contains(*cidr)) {
+            let overlapping =
+                datastore.blocks.iter().filter(|(block, _)| block.contains(cidr) || cidr.contains(block));
+            findings.extend(
+                overlapping
+                    .filter(|(block, owner)| {
+                        owner.as_deref() != Some(&own) || block.prefix_len() != block_size
+                    })
+                    .map(|(block, owner)| foreign_block(node, block, owner.as_deref())),
+            );
+        }
+    }
+    let Some(felix) = &datastore.felix else { return };
+    let object = "FelixConfiguration default";
+    if felix.other.get("bpfEnabled") == Some(&Value::Bool(true)) {
+        findings.push(Finding::fatal(
+            "CalicoEbpf",
+            object,
+            "Calico's eBPF data plane is on (bpfEnabled); it doesn't go together with flannel's nodes",
+            "Set bpfEnabled to false; it can be switched on after the migration",
+        ));
+    }
+    if in_use {
+        findings.extend(prepare::felix_finding(felix, settings));
+    }
+}
+
+fn foreign_block(node: &NodeFacts, block: &IpNet, owner: Option<&str>) -> Finding {
+    let owner = owner.unwrap_or("nobody");
+    Finding::fatal(
+        "BlockOfAnotherNode",
+        format!("IPAMBlock {}", crate::calico::names::block(block)),
+        format!(
+            "block {block} in the network of node {} belongs to {owner}, or isn't of the size that is needed",
+            node.name
+        ),
+        "If no pod of Calico's has an address of it: calicoctl ipam check, then delete the IPAMBlock and its BlockAffinity",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case(r#"{"plugins":[{"type":"calico","mtu":__CNI_MTU__,"nodename":"__KUBERNETES_NODE_NAME__","ipam":{"type":"calico-ipam"}}]}"#, None)]
+    #[case(r#"{"plugins":[{"type":"calico","ipam":{"type":"host-local"}}]}"#, Some("host-local"))]
+    #[case(r#"{"plugins":[{"type":"flannel"}]}"#, Some("flannel"))]
+    #[case("{", Some("no JSON"))]
+    fn a_template_that_is_not_calicos_is_told(#[case] template: &str, #[case] why: Option<&str>) {
+        let told = unusable(template);
+        assert_eq!(told.is_some(), why.is_some(), "{told:?}");
+        assert!(why.is_none_or(|why| told.as_deref().unwrap_or_default().contains(why)), "{told:?}");
+    }
+
+    #[test]
+    fn only_plugins_that_calico_does_not_bring_must_be_there() {
+        let template = r#"{"plugins":[{"type":"calico","mtu":__CNI_MTU__,"ipam":{"type":"calico-ipam"}},{"type":"portmap"},{"type":"sbr"}]}"#;
+        assert_eq!(foreign_plugins(template), ["sbr"]);
+    }
+}

@@ -1,0 +1,253 @@
+//! What is wrong with single nodes: what flannel says about them, and what their agents see.
+
+use std::collections::BTreeMap;
+
+use flannel_migration_protocol::{HostFacts, Network, State};
+use ipnet::IpNet;
+use serde_json::{Map, Value};
+
+use super::{Finding, address, calico};
+use crate::calico::prepare;
+use crate::cluster::NodeFacts;
+use crate::settings::Settings;
+
+/// Longest prefix with room for a pod: flannel's device and bridge have the first two addresses.
+const SMALLEST: u8 = 30;
+
+/// Whether flannel alone runs the node's network.
+#[must_use]
+pub fn untouched(node: &NodeFacts) -> bool {
+    matches!(node.view.network.get(), None | Some(Network::Flannel))
+        && matches!(node.view.state.get(), None | Some(State::Flannel | State::Preparing | State::Prepared))
+}
+
+/// About all nodes that run Linux. `agents`: their DaemonSet is there.
+pub fn all(settings: &Settings, nodes: &[NodeFacts], agents: bool, findings: &mut Vec<Finding>) {
+    let Some(network) = settings.network() else { return };
+    for node in nodes {
+        let object = format!("Node {}", node.name);
+        // A node that the migration has labelled was prepared; what it needs then is the roll's business.
+        let enrolled = matches!(node.view.network.get(), Some(Network::None | Network::Calico));
+        if !enrolled {
+            findings.extend(prepare::flannel_node(node, &settings.flannel.annotation_prefix, network).err());
+            room(node, &object, findings);
+        }
+        if agents && node.view.state.is_absent() {
+            findings.push(Finding::blocking(
+                "AgentSilent",
+                &object,
+                "its agent hasn't reported",
+                format!("See to the pod of DaemonSet {} on the node", crate::names::AGENT),
+            ));
+        }
+        for malformed in node.view.malformed() {
+            findings.push(Finding::blocking(
+                "KeyUnreadable",
+                &object,
+                malformed.to_string(),
+                "Correct or remove it",
+            ));
+        }
+        if !node.ready {
+            findings.push(Finding::warning(
+                "NodeNotReady",
+                &object,
+                "its kubelet doesn't report it ready: it counts as unavailable, and isn't migrated while it is so",
+                "See to the node",
+            ));
+        }
+        if untouched(node) {
+            announced(node, &object, settings, findings);
+            if let Some(host) = host(node) {
+                self::seen(node, &object, host, settings, findings);
+            }
+        }
+    }
+    shared(settings, nodes, findings);
+    mtus(settings, nodes, findings);
+}
+
+/// What the node's agent has told about its host.
+#[must_use]
+pub fn host(node: &NodeFacts) -> Option<&HostFacts> {
+    node.view.report.get().and_then(|report| report.host.as_ref())
+}
+
+fn room(node: &NodeFacts, object: &str, findings: &mut Vec<Finding>) {
+    let small =
+        node.pod_cidrs.iter().find(|cidr| matches!(cidr, IpNet::V4(net) if net.prefix_len() > SMALLEST));
+    if let Some(cidr) = small {
+        findings.push(Finding::fatal(
+            "NodeNetworkTooSmall",
+            object,
+            format!("its podCIDR {cidr} is smaller than a block of Calico's with room for a pod"),
+            format!("Delete the Node and let it join again with a podCIDR of /{SMALLEST} or larger (--node-cidr-mask-size)"),
+        ));
+    }
+}
+
+/// What flannel announced for its device.
+fn backend_data(node: &NodeFacts, settings: &Settings) -> BTreeMap<String, Value> {
+    let key = format!("{}/backend-data", settings.flannel.annotation_prefix);
+    let text = node.annotations.get(&key).map(String::as_str).unwrap_or_default();
+    let data: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+    data.into_iter().map(|(name, value)| (name.to_lowercase(), value)).collect()
+}
+
+const RESTART: &str = "Restart flannel's pod on the node: it announces its device when it starts";
+
+fn announced(node: &NodeFacts, object: &str, settings: &Settings, findings: &mut Vec<Finding>) {
+    let data = backend_data(node, settings);
+    let configured = settings.flannel_facts.vni;
+    if let Some(vni) = data.get("vni").and_then(Value::as_u64).filter(|vni| *vni != u64::from(configured)) {
+        findings.push(Finding::holds_node(
+            "AnnotationDiffers",
+            object,
+            format!("flannel announced VNI {vni}; its configuration says {configured}"),
+            RESTART,
+        ));
+    }
+}
+
+fn seen(node: &NodeFacts, object: &str, host: &HostFacts, settings: &Settings, findings: &mut Vec<Finding>) {
+    if let Some(filter) = host.rp_filter.filter(|filter| *filter != 1) {
+        findings.push(Finding::holds_node(
+            "RpFilterNotStrict",
+            object,
+            format!("net.ipv4.conf.all.rp_filter is {filter}; Calico needs 1"),
+            "On the node: sysctl -w net.ipv4.conf.all.rp_filter=1, and the same in /etc/sysctl.d",
+        ));
+    }
+    let facts = &settings.flannel_facts;
+    let name = format!("flannel.{}", facts.vni);
+    match host.vxlan.iter().find(|device| device.name == name) {
+        None => {
+            let there = host.vxlan.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let there = if there.is_empty() { "none".to_owned() } else { there };
+            findings.push(Finding::holds_node(
+                "VxlanDeviceMissing",
+                object,
+                format!("there is no device {name} on it; devices of flannel's: {there}"),
+                "See to flannel's pod on the node: it makes the device when it starts",
+            ));
+        }
+        Some(device) => {
+            if (device.vni, device.port) != (facts.vni, facts.port) {
+                findings.push(Finding::holds_node(
+                    "VxlanDiffers",
+                    object,
+                    format!(
+                        "its device is {device}; flannel's configuration says VNI {} and port {}",
+                        facts.vni, facts.port
+                    ),
+                    "Delete the device on the node and restart flannel's pod there, or correct net-conf.json",
+                ));
+            }
+            let data = backend_data(node, settings);
+            let mac = data.get("vtepmac").and_then(Value::as_str).unwrap_or_default();
+            // One that can't be read is told by itself.
+            if mac.len() == device.mac.len() && !mac.eq_ignore_ascii_case(&device.mac) {
+                findings.push(Finding::holds_node(
+                    "AnnotationDiffers",
+                    object,
+                    format!("flannel announced MAC {mac}; its device is {device}"),
+                    RESTART,
+                ));
+            }
+        }
+    }
+    let missing: Vec<String> = calico::foreign_plugins(&settings.calico_facts.cni_conf_template)
+        .into_iter()
+        .filter(|plugin| !host.plugins.contains(plugin))
+        .collect();
+    if !missing.is_empty() && !host.plugins.is_empty() {
+        findings.push(Finding::holds_node(
+            "CniPluginMissing",
+            object,
+            format!(
+                "Calico's CNI config names plugins that aren't in /opt/cni/bin there: {}",
+                missing.join(", ")
+            ),
+            "Install them on the node, or take them out of Calico's CNI config",
+        ));
+    }
+    let public = prepare::public_address(node, &settings.flannel.annotation_prefix);
+    let method = settings.calico.autodetection.as_deref();
+    let taken = method.and_then(|method| address::detected(method, host, node.address));
+    if let (Some(method), Some(taken), Some(public)) = (method, taken, public)
+        && taken != public
+    {
+        findings.push(Finding::fatal(
+            "AutodetectionDiffers",
+            object,
+            format!("Calico's IP_AUTODETECTION_METHOD={method} finds {taken} on it; flannel's packets go to {public}"),
+            "Set IP_AUTODETECTION_METHOD in Calico's DaemonSet to what finds flannel's address: kubernetes-internal-ip, interface=..., cidr=...",
+        ));
+    }
+}
+
+/// Addresses that must be a node's own.
+fn shared(settings: &Settings, nodes: &[NodeFacts], findings: &mut Vec<Finding>) {
+    let prefix = &settings.flannel.annotation_prefix;
+    let mut owners: BTreeMap<String, &str> = BTreeMap::new();
+    for node in nodes {
+        let data = backend_data(node, settings);
+        let mac = data.get("vtepmac").and_then(Value::as_str).filter(|mac| !mac.is_empty());
+        let mac = mac.map(|mac| format!("the MAC address {}", mac.to_lowercase()));
+        let public = prepare::public_address(node, prefix).map(|public| format!("the address {public}"));
+        for what in [mac, public].into_iter().flatten() {
+            if let Some(other) = owners.insert(what.clone(), &node.name) {
+                findings.push(Finding::fatal(
+                    "VtepNotUnique",
+                    format!("Node {}", node.name),
+                    format!("flannel announced {what} for it and for node {other}"),
+                    "Delete flannel's device on one of them and restart flannel's pod there; see that cloned machines have their own addresses",
+                ));
+            }
+        }
+    }
+    for (i, node) in nodes.iter().enumerate() {
+        for other in nodes.iter().skip(i + 1) {
+            let overlap = node.pod_cidrs.iter().find(|cidr| {
+                other.pod_cidrs.iter().any(|theirs| theirs.contains(*cidr) || cidr.contains(theirs))
+            });
+            if let Some(cidr) = overlap {
+                findings.push(Finding::fatal(
+                    "PodCidrShared",
+                    format!("Node {}", other.name),
+                    format!("its podCIDR overlaps {cidr} of node {}", node.name),
+                    "Delete one of the Nodes and let it join again with a podCIDR of its own",
+                ));
+            }
+        }
+    }
+}
+
+/// Calico has one MTU for all nodes.
+fn mtus(settings: &Settings, nodes: &[NodeFacts], findings: &mut Vec<Finding>) {
+    let name = format!("flannel.{}", settings.flannel_facts.vni);
+    let used = settings.flannel_facts.mtu;
+    for node in nodes.iter().filter(|node| untouched(node)) {
+        let device = host(node).and_then(|host| host.vxlan.iter().find(|device| device.name == name));
+        if let Some(device) = device.filter(|device| device.mtu != used) {
+            findings.push(Finding::warning(
+                "MtuDiffers",
+                format!("Node {}", node.name),
+                format!("the MTU of its {name} is {}; Calico will use {used} on all nodes", device.mtu),
+                "If the networks of all nodes allow the larger one, set it for flannel everywhere first",
+            ));
+        }
+    }
+}
+
+/// Nodes with Windows that take part in flannel's network, by name.
+pub fn windows(names: &[String], findings: &mut Vec<Finding>) {
+    for name in names {
+        findings.push(Finding::fatal(
+            "WindowsNode",
+            format!("Node {name}"),
+            "it runs Windows and takes part in flannel's network; only nodes that run Linux can be migrated",
+            "Take it out of the cluster",
+        ));
+    }
+}

@@ -1,0 +1,197 @@
+//! The roll: looks, decides, starts what is decided, one task per node at most, and waits for the next change. All memory is in the
+//! cluster; what is kept here only saves work.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use flannel_migration_protocol::{Epoch, Request};
+use jiff::Timestamp;
+use kube::runtime::events::EventType;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, error, info, warn};
+
+use crate::api;
+use crate::cluster::NodeFacts;
+use crate::node::{Error, Steps};
+use crate::plan::{Alarm, End, Known, Plan, Step, plan};
+use crate::selectors;
+
+/// Looked again this often even if nothing seems to change: what is overdue shows only by time passing.
+const SAFETY_TICK: Duration = Duration::from_secs(10);
+/// A step that failed is decided anew after this pause at the earliest.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+
+/// Whether the administrator wants no more nodes migrated, and none prepared.
+#[must_use]
+pub fn winds_down(request: Option<Request>) -> bool {
+    matches!(request, Some(Request::Abort | Request::Rollback))
+}
+
+/// Takes all nodes through; returns when each is where it is to be. `None`: the cluster was wound down without being prepared, and is to be
+/// migrated after all.
+pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Option<End>, api::Error> {
+    let mut changes = steps.nodes.changes();
+    let mut asked = steps.requests.changes();
+    let mut tasks: JoinSet<(String, Result<(), Error>)> = JoinSet::new();
+    let mut busy: BTreeSet<String> = BTreeSet::new();
+    let mut granting: BTreeSet<String> = BTreeSet::new();
+    let mut leases: BTreeMap<String, (Epoch, Instant)> = BTreeMap::new();
+    let mut told: Told = Told::default();
+    let started = Instant::now();
+    let mut tied = Instant::now();
+    loop {
+        if !winding && tied.elapsed() > SAFETY_TICK {
+            tied = Instant::now();
+            tie(steps).await;
+        }
+        let looking = Instant::now();
+        let nodes = steps.nodes.all();
+        watch_leases(&nodes, &mut leases);
+        let leased_for = leases.iter().map(|(node, (_, since))| (node.clone(), since.elapsed())).collect();
+        let now = Timestamp::now();
+        let request = steps.requests.now();
+        let known = Known { nodes: &nodes, own, leased_for: &leased_for, granting: &granting, request };
+        let mut plan = plan(&known, &steps.policy, now);
+        let looked = looking.elapsed();
+        told.tell(steps, &plan, nodes.len()).await;
+        if busy.is_empty() {
+            if let Some(end) = plan.end() {
+                info!(
+                    nodes = nodes.len(),
+                    on_calico = plan.done,
+                    seconds = started.elapsed().as_secs_f32(),
+                    step = "roll",
+                    ?end,
+                    "every node is where it is to be"
+                );
+                return Ok(Some(end));
+            }
+            if winding && !winds_down(request) {
+                return Ok(None);
+            }
+        }
+        if winding && !winds_down(request) {
+            plan.actions.clear();
+        }
+        for action in &plan.actions {
+            if busy.insert(action.node.clone()) {
+                debug!(node = action.node, step = ?action.step, "start");
+                if matches!(action.step, Step::Grant { .. }) {
+                    granting.insert(action.node.clone());
+                }
+                let (steps, action) = (steps.clone(), action.clone());
+                tasks.spawn(async move {
+                    let began = Instant::now();
+                    let result = steps.run(&action.node, &action.step).await;
+                    let reason = result.as_ref().err().map(Error::reason);
+                    steps.board.metrics.step_ended(action.step.name(), began.elapsed(), reason);
+                    if let Err(error) = &result {
+                        failed(&steps, &action.node, error).await;
+                    }
+                    (action.node, result)
+                });
+            }
+        }
+        drop(nodes);
+        // In a big cluster nodes change faster than all of them can be looked at. What shares this task, the renewal of the leadership above
+        // all, has its turn now; and half the time at most goes into looking. In a small cluster that is no time at all.
+        sleep(looked).await;
+        let next = plan.waiting.iter().filter_map(|waiting| waiting.until).min();
+        let pause = next.map_or(SAFETY_TICK, |at| until(now, at).min(SAFETY_TICK));
+        tokio::select! {
+            alive = changes.changed() => if alive.is_err() {
+                return Err(api::Error::Unexpected { what: "watch the nodes".to_owned(), why: "the watch has ended".to_owned() });
+            },
+            Some(ended) = tasks.join_next() => match ended {
+                Ok((node, result)) => {
+                    busy.remove(&node);
+                    granting.remove(&node);
+                    if let Err(Error::Api(api::Error::NotLeader { what })) = result {
+                        return Err(api::Error::NotLeader { what });
+                    }
+                }
+                Err(panicked) => return Err(api::Error::Unexpected { what: "take a node through".to_owned(), why: panicked.to_string() }),
+            },
+            alive = asked.changed() => if alive.is_err() {
+                return Err(api::Error::Unexpected { what: "watch the Job".to_owned(), why: "the watch has ended".to_owned() });
+            },
+            () = sleep(pause) => {}
+        }
+    }
+}
+
+/// Who installs flannel again in mid-run takes it off the label: its pods would come to migrated nodes.
+async fn tie(steps: &Steps) {
+    let set = &steps.settings.flannel.daemon_set;
+    if let Err(error) = selectors::tie_flannel(&steps.writer, set).await {
+        warn!(step = "selector", error = api::chain(&error), "flannel's DaemonSet can't be looked at");
+    }
+}
+
+fn until(now: Timestamp, at: Timestamp) -> Duration {
+    Duration::try_from(at.duration_since(now)).unwrap_or_default().max(Duration::from_millis(100))
+}
+
+/// Tells what went wrong, and leaves some time for it to change; other nodes go on meanwhile.
+async fn failed(steps: &Steps, node: &str, error: &Error) {
+    let why = api::chain(error);
+    warn!(node, reason = error.reason(), error = why, "step not completed; looking again");
+    if !matches!(error, Error::Api(api::Error::NotLeader { .. })) {
+        steps.writer.event(node, EventType::Warning, error.reason(), why).await;
+        sleep(RETRY_PAUSE).await;
+    }
+}
+
+/// Since when this process has seen each lease.
+fn watch_leases(nodes: &[NodeFacts], leases: &mut BTreeMap<String, (Epoch, Instant)>) {
+    let current: BTreeMap<&str, Epoch> =
+        nodes.iter().filter_map(|node| Some((node.name.as_str(), *node.view.lease.get()?))).collect();
+    leases.retain(|node, (epoch, _)| current.get(node.as_str()) == Some(epoch));
+    for (node, epoch) in current {
+        leases.entry(node.to_owned()).or_insert_with(|| (epoch, Instant::now()));
+    }
+}
+
+/// What was told already: each alarm and each standstill once.
+#[derive(Default)]
+struct Told {
+    alarms: BTreeSet<Alarm>,
+    waiting: BTreeMap<String, &'static str>,
+    done: Option<usize>,
+    request: Option<Request>,
+}
+
+impl Told {
+    async fn tell(&mut self, steps: &Steps, plan: &Plan, total: usize) {
+        if self.done != Some(plan.done) {
+            self.done = Some(plan.done);
+            info!(step = "roll", done = plan.done, total, "progress");
+        }
+        if self.request != plan.request {
+            self.request = plan.request;
+            let request = plan.request.map_or("none", Request::as_str);
+            info!(step = "roll", request, "the administrator's request for the cluster");
+        }
+        for alarm in &plan.alarms {
+            if self.alarms.insert(alarm.clone()) {
+                error!(
+                    node = alarm.node,
+                    reason = alarm.reason,
+                    why = alarm.message,
+                    "a person is needed; no further node is started"
+                );
+                steps
+                    .writer
+                    .event(&alarm.node, EventType::Warning, alarm.reason, alarm.message.clone())
+                    .await;
+            }
+        }
+        self.alarms.retain(|alarm| plan.alarms.contains(alarm));
+        for waiting in &plan.waiting {
+            if self.waiting.insert(waiting.node.clone(), waiting.reason) != Some(waiting.reason) {
+                debug!(node = waiting.node, reason = waiting.reason, "waiting");
+            }
+        }
+    }
+}

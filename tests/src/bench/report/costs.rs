@@ -1,0 +1,192 @@
+//! What coordinator and agent cost.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use super::{Kept, table};
+use crate::bench::{
+    audit, rest, scale,
+    stats::{Spread, float, number, shown},
+    svg::Bar,
+};
+
+const MIB: f64 = 1_048_576.0;
+
+/// What was changed between the two.
+const BEFORE: &str = "Measured first, with an older coordinator; what was slow then: a waiting node named all nodes in its way, so that the status grew by the \
+square of the nodes (now five are named); the roll looked at all nodes at each change of one without a pause, which starved the renewal of the leadership until the \
+coordinator of 1,000 nodes stopped itself in the middle of the roll (now it rests as long as a look took); each look copied what isn't kept; who wrote \
+which field was stored; labels were written one by one.";
+
+fn one(value: f64) -> Option<Spread> {
+    Spread::of([value])
+}
+
+/// Processor time per node, for each cluster and max-unavailable.
+pub fn processor_bars(kept: &Kept) -> Vec<Bar> {
+    let bar = |figures: &scale::Figures| {
+        let name = format!("{} nodes, max-unavailable {}", figures.nodes, figures.max);
+        Some(Bar { name, spread: one(figures.per_node(figures.cpu) * 1000.0)? })
+    };
+    kept.scale.iter().filter_map(bar).collect()
+}
+
+/// The switch's time by number of pods.
+pub fn switch_bars(kept: &Kept) -> Vec<Bar> {
+    let mut by_pods: BTreeMap<u8, Vec<f64>> = BTreeMap::new();
+    for figures in &kept.switch {
+        by_pods.entry(figures.pods).or_default().push(figures.total);
+    }
+    let bar = |(pods, totals): (u8, Vec<f64>)| {
+        Some(Bar { name: format!("{pods} pods"), spread: Spread::of(totals)? })
+    };
+    by_pods.into_iter().filter_map(bar).collect()
+}
+
+/// Both sections.
+pub fn text(kept: &Kept) -> String {
+    let mut text = format!(
+        "\n## The coordinator in big clusters\n\n\
+         A real etcd and API server, nodes as objects (with 20 images each in their status), simulated agents that decide by the agent's own code and \
+         write as it does, with nothing to do on a host; {} adopted pods and one block of Calico's per node; strategy `in-place`. Three \
+         coordinators one after another in each cluster: each but the first starts after a `kill -9` in the middle of the roll. All of it on one \
+         machine: times contain that API server, agents and coordinator wait for each other's processor.\n\n",
+        scale::PODS
+    );
+    text.push_str(&rolling(&kept.scale));
+    text.push_str("\n![Processor time per node](bench-scale.svg)\n\n### Start and restart\n\n");
+    text.push_str(&starting(&kept.scale));
+    if !kept.before.is_empty() {
+        let _ =
+            write!(text, "\n### Before\n\n{BEFORE}\n\n{}\n{}", rolling(&kept.before), starting(&kept.before));
+    }
+    text.push_str("\n## The agent\n\n### The switch by number of pods\n\n");
+    text.push_str(
+        "The agent's own operations on real devices in network namespaces, journal included, without kubelet, flanneld and Felix. What moves pods \
+         is netlink alone: the operations `prepare-pods`, `route-pods` and `move-pods` are the floor.\n\n",
+    );
+    text.push_str(&switching(kept));
+    text.push_str("\n![The switch](bench-switch.svg)\n\n### At rest\n\n");
+    text.push_str(&resting(kept));
+    text
+}
+
+fn rolling(runs: &[scale::Figures]) -> String {
+    let rows = runs.iter().map(|figures| {
+        let per = |quantity: f64| number(figures.per_node(quantity));
+        let calls: u64 = figures.calls.values().sum();
+        vec![
+            figures.nodes.to_string(),
+            figures.max.clone(),
+            figures.taken.to_string(),
+            per(figures.seconds * 1000.0),
+            number(figures.lease * 1000.0),
+            number((figures.lease - figures.agent) * 1000.0),
+            per(figures.cpu * 1000.0),
+            number(figures.cpu * 100.0 / figures.seconds),
+            number(float(figures.peak >> 10) * 1024.0 / MIB),
+            per(float(calls)),
+            per(float(audit::writes(&figures.calls))),
+            per(float(figures.sent) / 1024.0),
+            per(float(figures.received) / 1024.0),
+        ]
+    });
+    table(
+        &[
+            "nodes",
+            "max-unavailable",
+            "taken through",
+            "wall time per node, ms",
+            "a node's lease, ms",
+            "of it beyond the agent, ms",
+            "CPU per node, ms",
+            "CPU, % of a core",
+            "peak RSS, MiB",
+            "requests per node",
+            "writes per node",
+            "sent per node, KiB",
+            "received per node, KiB",
+        ],
+        rows,
+    )
+}
+
+fn starting(runs: &[scale::Figures]) -> String {
+    let rows = runs.iter().map(|figures| {
+        let calls: u64 = figures.calls_start.values().sum();
+        vec![
+            figures.nodes.to_string(),
+            if figures.restarted { "after a kill".to_owned() } else { "first".to_owned() },
+            number(figures.led),
+            number(figures.judged),
+            number(figures.prepared),
+            number(figures.decided),
+            number(figures.led + figures.judged + figures.prepared + figures.decided),
+            number(figures.cpu_start),
+            calls.to_string(),
+            number(float(figures.received_start >> 10) * 1024.0 / MIB),
+        ]
+    });
+    let mut text = table(
+        &[
+            "nodes",
+            "start",
+            "to leading, s",
+            "to the verdict, s",
+            "to all nodes prepared, s",
+            "to the first step, s",
+            "in all, s",
+            "CPU, s",
+            "requests",
+            "received, MiB",
+        ],
+        rows,
+    );
+    text.push_str("\nAfter a kill, the dead coordinator's lease of 15 s has to run out first.\n");
+    text
+}
+
+fn switching(kept: &Kept) -> String {
+    let mut by_pods: BTreeMap<u8, Vec<_>> = BTreeMap::new();
+    for figures in &kept.switch {
+        by_pods.entry(figures.pods).or_default().push(figures);
+    }
+    let names: Vec<String> = kept
+        .switch
+        .first()
+        .map(|figures| figures.operations.iter().map(|(name, _)| name.clone()).collect())
+        .unwrap_or_default();
+    let mut heads = vec!["pods", "all, ms"];
+    heads.extend(names.iter().map(String::as_str));
+    heads.push("the way back, ms");
+    let rows = by_pods.into_iter().map(|(pods, runs)| {
+        let operation = |name: &String| {
+            let times = runs.iter().flat_map(|run| run.operations.iter().filter(|(of, _)| of == name));
+            Spread::of(times.map(|(_, time)| *time))
+                .map_or_else(|| "-".to_owned(), |spread| number(spread.median))
+        };
+        let mut row = vec![pods.to_string(), shown(runs.iter().map(|run| run.total))];
+        row.extend(names.iter().map(operation));
+        row.push(shown(runs.iter().map(|run| run.undo)));
+        row
+    });
+    table(&heads, rows)
+}
+
+fn resting(kept: &Kept) -> String {
+    let mut text = String::new();
+    let Some(last) = kept.rest.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds)) else {
+        return "Not measured.\n".to_owned();
+    };
+    let mib = |bytes: u64| number(float(bytes >> 10) * 1024.0 / MIB);
+    let _ = writeln!(
+        text,
+        "The real program on a node that waits for its lease: {} ms from its start to its first word on the Node, then {} MiB resident (peak {} \
+         MiB), and {} s of processor time in {} s.",
+        shown(kept.rest.iter().map(|figures: &rest::Figures| figures.start)),
+        mib(last.usage.resident),
+        mib(last.usage.peak),
+        number(last.cpu),
+        number(last.seconds),
+    );
+    text
+}

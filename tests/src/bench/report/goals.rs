@@ -1,0 +1,146 @@
+//! What was aimed at, and what was reached.
+
+use super::{Kept, flows, table};
+use crate::bench::{
+    history,
+    sides::Side,
+    stats::{Spread, float, number},
+};
+
+struct Goal {
+    what: &'static str,
+    aim: String,
+    /// What was measured, and whether that is enough.
+    reached: Option<(String, bool)>,
+}
+
+/// One line per goal.
+pub fn table_of(kept: &Kept) -> String {
+    let goals = comparison(kept).into_iter().chain(costs(kept));
+    table(
+        &["", "goal", "measured", "reached"],
+        goals.map(|goal| {
+            let (measured, reached) = match goal.reached {
+                Some((measured, true)) => (measured, "yes"),
+                Some((measured, false)) => (measured, "**no**"),
+                None => ("-".to_owned(), "not measured"),
+            };
+            vec![goal.what.to_owned(), goal.aim, measured, reached.to_owned()]
+        }),
+    )
+}
+
+/// A value that must not be larger than a limit.
+fn at_most(value: Option<f64>, limit: f64, unit: &str) -> Option<(String, bool)> {
+    value.map(|value| (format!("{}{unit}", number(value)), value <= limit))
+}
+
+fn comparison(kept: &Kept) -> Vec<Goal> {
+    let median = |side| Spread::of(kept.node_times(side)).map(|spread| spread.median);
+    let peer = median(Side::Peer);
+    let share = |side, limit: f64| {
+        let (peer, own) = (peer?, median(side)?);
+        let text = format!("{} s of {} s: {:.0} %", number(own), number(peer), own * 100.0 / peer);
+        Some((text, own <= peer * limit))
+    };
+    let whole = |side| kept.median(side, |run| history::all_nodes(&run.history).unwrap_or(f64::NAN));
+    let worst = |quantity: fn(&crate::bench::sides::Figures) -> f64| {
+        let runs = kept.of(Side::InPlace).chain(kept.of(Side::InPlaceAll));
+        Spread::of(runs.map(quantity)).map(|spread| spread.most)
+    };
+    let writes = |side| kept.median(side, |run| float(run.writes()) / float(run.history.len().max(1)));
+    vec![
+        Goal {
+            what: "a node's own time, in-place, against Calico's controller",
+            aim: "a fifth or less".into(),
+            reached: share(Side::InPlace, 0.2),
+        },
+        Goal { what: "the same, drain", aim: "two fifths or less".into(), reached: share(Side::Drain, 0.4) },
+        Goal {
+            what: "pods replaced, in-place",
+            aim: "0".into(),
+            reached: at_most(worst(|run| float(run.changed_pods.len())), 0.0, ""),
+        },
+        Goal {
+            what: "probes lost on all flows, in-place, worst run",
+            aim: "0".into(),
+            reached: at_most(worst(|run| float(run.traffic.lost())), 0.0, ""),
+        },
+        Goal {
+            what: "longest gap on any flow, in-place, beyond the prober's resolution, worst run",
+            aim: "20 ms".into(),
+            reached: at_most(worst(flows::beyond_resolution), 20.0, " ms"),
+        },
+        Goal {
+            what: "all nodes at once, in-place, first change to last node back, against Calico's controller",
+            aim: "a twelfth or less".into(),
+            reached: whole(Side::Peer).zip(whole(Side::InPlaceAll)).map(|(peer, own)| {
+                (
+                    format!("{} s of {} s: 1 : {}", number(own), number(peer), number(peer / own)),
+                    own <= peer / 12.0,
+                )
+            }),
+        },
+        Goal {
+            what: "API writes per node, in-place, pods adopted included",
+            aim: "20, and two per adopted pod".into(),
+            reached: writes(Side::InPlace).map(|writes| {
+                let pods =
+                    kept.median(Side::InPlace, |run| float(run.pods) / float(run.history.len().max(1)));
+                let limit = 20.0 + 2.0 * pods.unwrap_or(0.0);
+                let peer = self::number(
+                    kept.median(Side::Peer, |run| float(run.writes()) / 3.0).unwrap_or(f64::NAN),
+                );
+                (
+                    format!(
+                        "{} with {} pods; Calico's controller {peer}",
+                        number(writes),
+                        number(pods.unwrap_or(0.0))
+                    ),
+                    writes <= limit,
+                )
+            }),
+        },
+    ]
+}
+
+fn costs(kept: &Kept) -> Vec<Goal> {
+    let largest: Vec<_> = kept.scale.iter().filter(|figures| figures.nodes == 5000).collect();
+    let most = |quantity: &dyn Fn(&crate::bench::scale::Figures) -> f64| {
+        Spread::of(largest.iter().map(|figures| quantity(figures))).map(|spread| spread.most)
+    };
+    let switch = kept.switch.iter().filter(|figures| figures.pods == 110).map(|figures| figures.total);
+    let rest = kept.rest.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    vec![
+        Goal {
+            what: "switch of 110 pods",
+            aim: "under 300 ms".into(),
+            reached: at_most(Spread::of(switch).map(|spread| spread.median), 300.0, " ms"),
+        },
+        Goal {
+            what: "coordinator at 5,000 nodes: resident, at most",
+            aim: "under 64 MiB".into(),
+            reached: at_most(most(&|figures| float(figures.peak >> 10) / 1024.0), 64.0, " MiB"),
+        },
+        Goal {
+            what: "coordinator at 5,000 nodes: processor while rolling, at most",
+            aim: "under 5 % of a core".into(),
+            reached: at_most(most(&|figures| figures.cpu * 100.0 / figures.seconds), 5.0, " %"),
+        },
+        Goal {
+            what: "coordinator at 5,000 nodes: from leading to the verdict",
+            aim: "under 5 s".into(),
+            reached: at_most(most(&|figures| figures.judged), 5.0, " s"),
+        },
+        Goal {
+            what: "agent at rest: resident",
+            aim: "under 15 MiB".into(),
+            reached: at_most(rest.map(|figures| float(figures.usage.resident >> 10) / 1024.0), 15.0, " MiB"),
+        },
+        Goal {
+            what: "agent at rest: processor time",
+            aim: "none to be measured".into(),
+            reached: at_most(rest.map(|figures| figures.cpu * 60.0 / figures.seconds), 0.05, " s a minute"),
+        },
+    ]
+}

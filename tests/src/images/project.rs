@@ -1,0 +1,158 @@
+//! The project's own images: coordinator and agent from the Dockerfile that users build, and the workload that
+//! the prober talks to.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+
+use super::archive::{self, Content, Files, Image, Layer};
+use crate::{cache, run, say::Progress};
+
+/// The workload's image.
+pub const ECHO: &str = "docker.io/flannel-migration/echo:bed";
+/// What the manifests name.
+pub const COORDINATOR: &str = "ghcr.io/flannel-migration/coordinator:v0.1.0";
+/// What the manifests name.
+pub const AGENT: &str = "ghcr.io/flannel-migration/agent:v0.1.0";
+
+/// The product's images, as archives to be loaded into nodes.
+#[derive(Debug, Clone)]
+pub struct Product {
+    /// The coordinator's.
+    pub coordinator: PathBuf,
+    /// The agent's.
+    pub agent: PathBuf,
+}
+
+/// Builds the product's images where they changed.
+pub fn product(base: &Path) -> Result<Product> {
+    let source = source()?;
+    let programs = programs(source, &["coordinator", "agent"])?;
+    let dockerfile = fs::read(source.join("Dockerfile")).context("can't read the Dockerfile")?;
+    let mut inputs = vec![dockerfile, base.display().to_string().into_bytes()];
+    for name in ["coordinator", "agent"] {
+        inputs.push(fs::read(programs.join(name))?);
+    }
+    let key = cache::key(inputs.iter().map(Vec::as_slice));
+    let directory = cache::entry("product", &key, |directory| {
+        let mut progress = Progress::new("images", 2);
+        // The seam of the Dockerfile: a directory in place of its stage `bin`.
+        let bin = directory.join("bin");
+        fs::create_dir_all(&bin)?;
+        for name in ["coordinator", "agent"] {
+            fs::copy(programs.join(name), bin.join(name))?;
+        }
+        let buildah = Buildah::new(base)?;
+        for (target, name) in [("coordinator", COORDINATOR), ("agent", AGENT)] {
+            progress.step(target);
+            buildah.build(source, &bin, target, name, &directory.join(format!("{target}.tar")))?;
+        }
+        progress.done("coordinator and agent are built");
+        Ok(())
+    })?;
+    Ok(Product { coordinator: directory.join("coordinator.tar"), agent: directory.join("agent.tar") })
+}
+
+/// Builds the coordinator as its image holds it; the program's path.
+pub fn coordinator() -> Result<PathBuf> {
+    Ok(programs(source()?, &["coordinator", "agent"])?.join("coordinator"))
+}
+
+/// Builds the workload's image where it changed.
+pub fn echo() -> Result<PathBuf> {
+    let program = programs(source()?, &["echo"])?.join("echo");
+    let key = cache::key([fs::read(&program)?.as_slice()]);
+    let directory = cache::entry("echo", &key, |directory| {
+        let files = Files::from([("/echo", Content::Program(program))]);
+        let layer = archive::layer(&directory.join("layer.tar"), &files)?;
+        let echo = Image { names: vec![ECHO], layers: vec![layer], entrypoint: vec!["/echo"] };
+        archive::write(&directory.join("echo.tar"), &[echo])
+    })?;
+    Ok(directory.join("echo.tar"))
+}
+
+fn source() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests have no workspace")
+}
+
+/// Builds programs statically, for images that hold nothing else; returns the directory they are in.
+fn programs(source: &Path, names: &[&str]) -> Result<PathBuf> {
+    let version = run::output(&mut run::command("rustc", &["-vV"]))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
+    eprintln!("images: compiling {}", names.join(" and "));
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| source.join("target"), PathBuf::from);
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(source).env("RUSTFLAGS", "-C target-feature=+crt-static");
+    // Under `cargo test` these describe the tests; build scripts that look at them would run again at every change
+    // between there and here, and half the dependencies after them.
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"]
+            .iter()
+            .any(|start| text.starts_with(start))
+        {
+            cargo.env_remove(&name);
+        }
+    }
+    cargo.args(["build", "--quiet", "--profile", "bed", "--target", host]);
+    for name in names {
+        cargo.args(["--bin", name]);
+    }
+    run::output(&mut cargo)?;
+    Ok(target.join(host).join("bed"))
+}
+
+/// buildah with a storage of its own in the cache, where finished layers stay.
+struct Buildah {
+    storage: PathBuf,
+}
+
+impl Buildah {
+    fn new(base: &Path) -> Result<Self> {
+        let key = cache::key([base.display().to_string().as_bytes(), b"2"]);
+        let storage = cache::entry("buildah", &key, |directory| {
+            // The name that this directory will have, since buildah remembers absolute paths.
+            let last = directory.with_extension("");
+            let configuration = format!(
+                "[storage]\ndriver = \"overlay\"\ngraphroot = \"{0}/root\"\nrunroot = \"{0}/run\"\n",
+                last.display()
+            );
+            fs::write(directory.join("storage.conf"), configuration)?;
+            let debian = Image {
+                names: vec!["docker.io/library/debian:bookworm-slim"],
+                layers: vec![Layer::of(base)?],
+                entrypoint: vec![],
+            };
+            archive::write(&directory.join("base.tar"), &[debian])
+        })?;
+        Ok(Self { storage })
+    }
+
+    fn build(&self, source: &Path, bin: &Path, target: &str, name: &str, archive: &Path) -> Result<()> {
+        let base = self.storage.join("base.tar");
+        if base.exists() {
+            self.run(&["pull", "--quiet", &format!("docker-archive:{}", base.display())])?;
+            fs::remove_file(base)?;
+        }
+        let context = format!("bin={}", bin.display());
+        let source = source.display().to_string();
+        let build = ["bud", "--quiet", "--isolation", "chroot", "--pull-never", "--layers"];
+        let what = ["--build-context", &context, "--target", target, "--tag", name, &source];
+        self.run(&[&build[..], &what[..]].concat())?;
+        let _ = fs::remove_file(archive);
+        self.run(&["push", "--quiet", name, &format!("docker-archive:{}:{name}", archive.display())])?;
+        // The layers stay for the next build, the image itself is in the archive.
+        self.run(&["rmi", "--force", name])
+    }
+
+    fn run(&self, args: &[&str]) -> Result<()> {
+        // A mount namespace of its own: what buildah mounts never shows on the machine.
+        let mut command = run::command("unshare", &["--mount", "--propagation", "private", "buildah"]);
+        command.env("CONTAINERS_STORAGE_CONF", self.storage.join("storage.conf")).args(args);
+        run::output(&mut command).map(drop)
+    }
+}

@@ -1,0 +1,239 @@
+//! The agent is killed whenever its journal says that an operation was begun, or done, and on the way back whenever one was undone.
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use flannel_migration_tests::{
+    bed::{Bed, node},
+    migration::{self, LEASE_LABEL, STATE_LABEL},
+    probe::{Options, Prober, Workloads, deploy_to},
+    run,
+    shape::{NodeShape, Shape},
+};
+use serde_json::Value;
+
+use super::{AGENT, bed, complete, expect_migrated, items, label, look, rollback::command};
+
+/// Operations in the order in which they are done.
+const OPERATIONS: [&str; 9] = [
+    "swap-config",
+    "rename-device",
+    "rename-ports",
+    "prepare-pods",
+    "route-pods",
+    "move-pods",
+    "delete-bridge",
+    "remove-rules",
+    "remove-files",
+];
+
+/// When to kill: at the first sight of an operation in this state, or of its absence after it was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    Begun,
+    Done,
+    Undone,
+}
+
+/// One kill: what the journal said then, and at the death.
+struct Kill {
+    at: String,
+    left: String,
+    state: String,
+}
+
+/// Kills the agent of one node at each operation, once, as the journal shows them.
+struct Killer {
+    stop: Arc<AtomicBool>,
+    kills: Arc<Mutex<Vec<Kill>>>,
+    thread: JoinHandle<()>,
+}
+
+fn journal(bed: &Bed, node: &str) -> PathBuf {
+    node::stable_root(bed, node).join("var/lib/cni/flannel-migration/journal.json")
+}
+
+fn progress(entry: &Value) -> Vec<(String, String)> {
+    let pairs = entry["progress"].as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    pairs.iter().map(|pair| (text(&pair[0]), text(&pair[1]))).collect()
+}
+
+fn read(path: &PathBuf) -> Value {
+    fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+}
+
+/// The agent's process on a node.
+fn agent_process(netns: &str) -> Option<i32> {
+    let inside = run::output(&mut run::command("ip", &["netns", "pids", netns])).ok()?;
+    inside.lines().filter_map(|pid| pid.parse().ok()).find(|pid: &i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.starts_with(b"/usr/local/bin/agent\0") || arguments.starts_with(b"/usr/bin/agent\0")
+    })
+}
+
+impl Killer {
+    fn start(bed: &Bed, node: &str, at: At) -> Self {
+        let (stop, kills) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+        let (path, netns) = (journal(bed, node), bed.plan.netns(node));
+        let (stopped, killed, bed, node) =
+            (Arc::clone(&stop), Arc::clone(&kills), bed.clone(), node.to_owned());
+        let thread = thread::spawn(move || {
+            let mut left: Vec<&str> = OPERATIONS.to_vec();
+            let mut process = agent_process(&netns);
+            let mut before = Vec::new();
+            while !stopped.load(Ordering::Relaxed) {
+                let entry = read(&path);
+                let now = progress(&entry);
+                let hit = left.iter().position(|op| {
+                    let is = |state: &str| now.iter().any(|(name, how)| name == op && how == state);
+                    match at {
+                        At::Begun => is("begun"),
+                        At::Done => is("done"),
+                        At::Undone => {
+                            before.contains(&(*op).to_owned()) && !now.iter().any(|(name, _)| name == op)
+                        }
+                    }
+                });
+                before = now.into_iter().map(|(name, _)| name).collect();
+                let (Some(hit), Some(pid)) = (hit, process) else {
+                    // A rename gives no event that is faster than looking.
+                    thread::sleep(Duration::from_micros(200));
+                    continue;
+                };
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+                let op = left.remove(hit);
+                let entry = read(&path);
+                let last = progress(&entry)
+                    .pop()
+                    .map_or("nothing".to_owned(), |(name, how)| format!("{name} {how}"));
+                let kill = Kill {
+                    at: format!("{op} {at:?}").to_lowercase(),
+                    left: last,
+                    state: entry["state"].as_str().unwrap_or_default().to_owned(),
+                };
+                killed.lock().unwrap().push(kill);
+                process = replaced(&bed, &node, &netns, pid);
+            }
+        });
+        Self { stop, kills, thread }
+    }
+
+    fn end(self, what: &str) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+        let kills = self.kills.lock().unwrap();
+        eprintln!("{what}: {} kills", kills.len());
+        for kill in kills.iter() {
+            eprintln!("  at {:<24} journal at death: {:<24} state {}", kill.at, kill.left, kill.state);
+        }
+        kills.len()
+    }
+}
+
+/// A new pod in place of the killed one: the kubelet would wait longer before each further restart of the old one.
+fn replaced(bed: &Bed, node: &str, netns: &str, killed: i32) -> Option<i32> {
+    let (selector, field) = (format!("k8s-app={AGENT}"), format!("spec.nodeName={node}"));
+    let _ = bed.kubectl(&[
+        "-n",
+        "kube-system",
+        "delete",
+        "pod",
+        "-l",
+        &selector,
+        "--field-selector",
+        &field,
+        "--grace-period=0",
+        "--force",
+    ]);
+    let mut process = None;
+    let _ = run::wait_for("the agent is back", Duration::from_mins(1), || {
+        process = agent_process(netns).filter(|pid| *pid != killed);
+        Ok(process.is_some())
+    });
+    process
+}
+
+fn rest(bed: &Bed, node: &str, state: &str) {
+    run::wait_for(&format!("{node} is at rest on {state}"), Duration::from_mins(4), || {
+        let now = look(bed, node);
+        Ok(label(&now, STATE_LABEL) == state && label(&now, LEASE_LABEL).is_empty())
+    })
+    .unwrap_or_else(|error| {
+        let log = migration::agent_log(bed, node).unwrap_or_default();
+        panic!("{error:#}\n{}\n{log}", migration::coordinator_log(bed).unwrap_or_default())
+    });
+}
+
+fn losses(prober: &Prober, what: &str) {
+    let report = prober.report().unwrap();
+    let lost: u64 = report.flows.iter().map(|flow| flow.figures.lost).sum();
+    let sent: u64 = report.flows.iter().map(|flow| flow.figures.sent).sum();
+    let outage = report.flows.iter().map(|flow| flow.figures.longest_outage_ms).fold(0.0, f64::max);
+    let broken: u64 = report.flows.iter().map(|flow| flow.figures.reconnects).sum();
+    eprintln!("{what}: lost {lost} of {sent}, longest outage {outage:.0} ms, broken connections {broken}");
+    prober.reset().unwrap();
+}
+
+#[test]
+fn an_agent_killed_at_any_operation_goes_on_where_it_was_and_no_pod_is_replaced() {
+    let scratch = bed("m-kills", Shape { nodes: NodeShape::numbered(2), ..Shape::default() });
+    let bed = &scratch.bed;
+    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
+    let before = migration::pods::identities(bed).unwrap();
+    let prober = Prober::start(
+        bed.site().unwrap(),
+        Options { interval: Duration::from_millis(20), ..Options::default() },
+    )
+    .unwrap();
+    migration::apply_with(bed, &[("STRATEGY", "in-place"), ("NODE_BUDGET", "240s")], |job| {
+        job["metadata"]["annotations"]["flannel-migration/request"] = "pause".into();
+        job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = "n2".into();
+    })
+    .unwrap();
+    let agents = || {
+        let pods = bed.get(&["-n", "kube-system", "pods", "-l", &format!("k8s-app={AGENT}")])?;
+        Ok(items(&pods).iter().filter(|pod| pod["status"]["phase"] == "Running").count() == 2)
+    };
+    run::wait_for("the agents run", Duration::from_mins(1), agents).unwrap();
+    // The second node isn't started before the first is through.
+    command(bed, &["pause", "n2"]);
+    prober.reset().unwrap();
+    let killer = Killer::start(bed, "n1", At::Begun);
+    command(bed, &["resume"]);
+    rest(bed, "n1", "calico");
+    let mut kills = killer.end("migrating, killed at the beginning of each operation");
+    losses(&prober, "migrating n1");
+
+    // All of it back, killed after each operation that was undone; and the other node forward, killed after each that was done.
+    let exhaustive = std::env::var_os("FAULTS").is_some();
+    if exhaustive {
+        let killer = Killer::start(bed, "n1", At::Undone);
+        command(bed, &["rollback", "n1"]);
+        rest(bed, "n1", "flannel");
+        kills += killer.end("going back, killed after each operation undone");
+        losses(&prober, "n1 going back");
+        command(bed, &["resume", "n1"]);
+        rest(bed, "n1", "calico");
+        prober.reset().unwrap();
+    }
+    let killer = Killer::start(bed, "n2", At::Done);
+    command(bed, &["resume", "n2"]);
+    complete(bed, Duration::from_mins(5));
+    kills += killer.end("migrating, killed after each operation");
+    losses(&prober, "migrating n2");
+    // Some operations are too quick to be seen between two looks.
+    assert!(kills >= 10, "only {kills} kills");
+    let changed = migration::pods::differences(&before, &migration::pods::identities(bed).unwrap());
+    assert!(changed.is_empty(), "{}", changed.join("\n"));
+    prober.stop().unwrap();
+    expect_migrated(bed);
+}

@@ -259,13 +259,35 @@ fn newest<'a>(seen: &'a str, written: &'a str) -> &'a str {
     if number(written) > number(seen) { written } else { seen }
 }
 
+/// Annotation of a static pod's stand-in in the API: the UID that the kubelet and the runtime know the pod by.
+const MIRRORED: &str = "kubernetes.io/config.mirror";
+
 fn known(pod: Pod) -> Known {
     let status = pod.status.unwrap_or_default();
+    let mirrored = pod.metadata.annotations.and_then(|mut annotations| annotations.remove(MIRRORED));
     Known {
         namespace: pod.metadata.namespace.unwrap_or_default(),
         name: pod.metadata.name.unwrap_or_default(),
-        uid: pod.metadata.uid.unwrap_or_default(),
+        uid: mirrored.or(pod.metadata.uid).unwrap_or_default(),
         addresses: status.pod_ips.iter().flatten().filter_map(|ip| ip.ip.parse().ok()).collect(),
         finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_static_pod_is_known_by_the_uid_that_the_runtime_knows() {
+        let pod = |annotations: serde_json::Value| {
+            let metadata = serde_json::json!({ "uid": "of-the-api", "annotations": annotations });
+            known(serde_json::from_value(serde_json::json!({ "metadata": metadata })).unwrap()).uid
+        };
+        assert_eq!(
+            pod(serde_json::json!({ "kubernetes.io/config.mirror": "of-the-kubelet" })),
+            "of-the-kubelet"
+        );
+        assert_eq!(pod(serde_json::json!({})), "of-the-api");
     }
 }

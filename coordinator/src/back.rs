@@ -123,7 +123,8 @@ impl Steps {
                 );
                 Ok(())
             }
-            Err(blocked @ drain::Blocked::InTime { .. }) => {
+            Err(blocked @ drain::Blocked::Api(_)) => Err(blocked.into()),
+            Err(blocked) => {
                 let why = drain::describe(&blocked);
                 warn!(
                     node,
@@ -135,7 +136,6 @@ impl Steps {
                 self.tell(node, EventType::Warning, "MadeByCalico", why).await;
                 Ok(())
             }
-            Err(blocked @ drain::Blocked::Api(_)) => Err(blocked.into()),
         }
     }
 

@@ -15,6 +15,7 @@ use kube::runtime::reflector::{self, Store};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, ResourceExt as _};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -36,6 +37,8 @@ pub struct NodeFacts {
     pub migrated: bool,
     /// Whether it is cordoned, by whomever.
     pub unschedulable: bool,
+    /// Its taints, as they are in the API: patches replace the list as a whole.
+    pub taints: Vec<Value>,
     /// Whether it carries a control plane.
     pub control_plane: bool,
     /// Whether it runs Linux.
@@ -68,6 +71,11 @@ impl From<&Node> for NodeFacts {
             ready: is_true("Ready"),
             migrated: is_true(keys::CONDITION),
             unschedulable: spec.and_then(|spec| spec.unschedulable).unwrap_or(false),
+            taints: spec
+                .iter()
+                .flat_map(|spec| spec.taints.iter().flatten())
+                .filter_map(|taint| serde_json::to_value(taint).ok())
+                .collect(),
             control_plane: ["control-plane", "master", "controlplane"]
                 .iter()
                 .any(|role| labels.contains_key(&format!("node-role.kubernetes.io/{role}"))),

@@ -23,6 +23,9 @@ use crate::discover::Name;
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 
+/// Annotation of a static pod's stand-in in the API.
+const MIRRORED: &str = "kubernetes.io/config.mirror";
+
 /// A pod, named for people and machines.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PodName {
@@ -70,7 +73,7 @@ pub fn must_leave(pod: &Pod, strategy: Strategy, listed: bool) -> bool {
 
 /// Static pods: the API server holds only their image.
 fn is_mirror(pod: &Pod) -> bool {
-    pod.annotations().contains_key("kubernetes.io/config.mirror")
+    pod.annotations().contains_key(MIRRORED)
 }
 
 /// The kind of the pod's controller.
@@ -99,6 +102,9 @@ pub enum Blocked {
         /// The pods, and what is in the way of each.
         pods: BTreeMap<PodName, String>,
     },
+    /// They can't be evicted at all.
+    #[error("can't be adopted, and can't be evicted, for the kubelet runs them by itself: {}", list(.0))]
+    Static(BTreeMap<PodName, String>),
     /// A call failed.
     #[error(transparent)]
     Api(#[from] Error),
@@ -110,6 +116,7 @@ impl Blocked {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::InTime { .. } => "DrainBlocked",
+            Self::Static(_) => "StaticPodNotAdoptable",
             Self::Api(error) => error.reason(),
         }
     }
@@ -134,6 +141,27 @@ pub fn leaving(pods: &Watched<Pod>, strategy: Strategy, evict: &[Evict]) -> Vec<
         .iter()
         .filter(|pod| must_leave(pod, strategy, listed.contains(pod.uid().unwrap_or_default().as_str())));
     leave.map(|pod| PodName::of(pod)).collect()
+}
+
+/// Of the listed pods those that nobody can evict, and why they can't be adopted.
+#[must_use]
+pub fn unmovable(pods: &[std::sync::Arc<Pod>], listed: &[Evict]) -> BTreeMap<PodName, String> {
+    let found = pods.iter().filter_map(|pod| {
+        // The runtime, which the agent asks, knows a static pod by this UID, not by that of its stand-in in the API.
+        let uid = pod.annotations().get(MIRRORED)?;
+        let evict = listed.iter().find(|evict| evict.uid == *uid)?;
+        Some((PodName::of(pod), evict.reason.clone()))
+    });
+    found.collect()
+}
+
+/// Whether a DaemonSet would make one of the listed pods again on a cordoned node.
+#[must_use]
+pub fn come_back(pods: &[std::sync::Arc<Pod>], listed: &[Evict]) -> bool {
+    pods.iter().any(|pod| {
+        controller(pod) == Some("DaemonSet")
+            && listed.iter().any(|evict| Some(evict.uid.as_str()) == pod.metadata.uid.as_deref())
+    })
 }
 
 /// Of the pods that Calico made on a node that is flannel's again: those that somebody makes again, and the others.

@@ -103,3 +103,34 @@ async fn an_eviction(#[case] there: &'static str, #[case] evictions: usize) {
     assert!(matches!(answer, Ok(None)), "{answer:?}");
     assert_eq!(asked.load(Ordering::Relaxed), evictions);
 }
+
+fn evict(uid: &str) -> Evict {
+    Evict { namespace: "d".into(), pod: "p".into(), uid: uid.into(), reason: "MoreInterfaces".into() }
+}
+
+#[test]
+fn a_static_pod_is_known_by_the_kubelets_uid_and_cannot_be_moved() {
+    let listed = [evict("of-the-kubelet")];
+    let with_uid = |uid: &str| {
+        let text = format!(
+            "metadata: {{name: fixed, namespace: d, uid: of-the-api, annotations: {{kubernetes.io/config.mirror: {uid}}}}}"
+        );
+        vec![Arc::new(pod(&text)), Arc::new(pod("metadata: {name: other, uid: of-the-kubelet}"))]
+    };
+    let held = unmovable(&with_uid("of-the-kubelet"), &listed);
+    let text = describe(&Blocked::Static(held));
+    assert!(text.contains("d/fixed (MoreInterfaces)") && !text.contains("other"), "{text}");
+    assert!(unmovable(&with_uid("another"), &listed).is_empty());
+}
+
+#[test]
+fn a_daemon_set_makes_its_pod_again_on_a_cordoned_node() {
+    let of = |kind: &str| {
+        let owner = format!("{{kind: {kind}, controller: true, apiVersion: v1, name: r, uid: x}}");
+        vec![Arc::new(pod(&format!("metadata: {{uid: u, ownerReferences: [{owner}]}}")))]
+    };
+    let listed = [evict("u")];
+    assert!(come_back(&of("DaemonSet"), &listed));
+    assert!(!come_back(&of("DaemonSet"), &[]));
+    assert!(!come_back(&of("ReplicaSet"), &listed));
+}

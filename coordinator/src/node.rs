@@ -190,11 +190,16 @@ impl Steps {
         };
         let epoch = grant.epoch;
         let pods = drain::pods_of(&self.writer.client, node).await?;
+        let unmovable = drain::unmovable(&pods.all(), &report.evict);
+        if !unmovable.is_empty() {
+            return self.withdraw(node, epoch, &drain::Blocked::Static(unmovable)).await;
+        }
         // Under `drain` nothing new may come; under `in-place`, what was evicted must not come back.
         if grant.strategy == Strategy::Drain
             || !drain::leaving(&pods, grant.strategy, &report.evict).is_empty()
         {
-            self.swap(node, "cordon the node", |now| patch::cordoned(now, epoch)).await?;
+            let tainted = drain::come_back(&pods.all(), &report.evict);
+            self.swap(node, "cordon the node", |now| patch::cordoned(now, epoch, tainted)).await?;
         }
         // Looked up after cordoning: nothing is scheduled to the node between this and the switch.
         let leave = drain::leaving(&pods, grant.strategy, &report.evict);
@@ -214,8 +219,8 @@ impl Steps {
         };
         if let Err(blocked) = evicted {
             return match blocked {
-                drain::Blocked::InTime { .. } => self.withdraw(node, epoch, &blocked).await,
                 drain::Blocked::Api(_) => Err(blocked.into()),
+                _ => self.withdraw(node, epoch, &blocked).await,
             };
         }
         let left = self.swap(node, "let flannel leave", |now| patch::cleared(now, epoch)).await?;
@@ -297,8 +302,9 @@ impl Steps {
                     .await
                 {
                     Ok(renewed) => renewed,
+                    Err(blocked @ drain::Blocked::Api(_)) => return Err(blocked.into()),
                     // The node is migrated and the pods are connected: no reason to hold the others up.
-                    Err(blocked @ drain::Blocked::InTime { .. }) => {
+                    Err(blocked) => {
                         warn!(
                             node,
                             epoch = epoch.get(),
@@ -308,7 +314,6 @@ impl Steps {
                         );
                         0
                     }
-                    Err(blocked @ drain::Blocked::Api(_)) => return Err(blocked.into()),
                 };
         }
         let settled = self.swap(node, "take the lease back", |now| patch::settled(now, epoch)).await?;

@@ -2,7 +2,7 @@
 
 use flannel_migration_protocol::{Epoch, Failures, Goal, Grant, Network, NodeView, Request, State, keys};
 use jiff::Timestamp;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::cluster::NodeFacts;
 use crate::plan::back_off;
@@ -35,12 +35,31 @@ pub fn granted(now: &NodeFacts, grant: &Grant) -> Option<Value> {
     })
 }
 
-/// Keeps new pods off a node that is being cleared.
+/// Keeps new pods off a node that is being cleared; those of DaemonSets, which tolerate a cordon, by a taint when `tainted`.
 #[must_use]
-pub fn cordoned(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
-    (holds(&now.view, epoch, &[State::Prepared]) && !now.unschedulable).then(|| {
-        json!({ "metadata": { "annotations": { keys::CORDONED: "true" } }, "spec": { "unschedulable": true } })
-    })
+pub fn cordoned(now: &NodeFacts, epoch: Epoch, tainted: bool) -> Option<Value> {
+    if !holds(&now.view, epoch, &[State::Prepared]) {
+        return None;
+    }
+    let (mut annotations, mut spec) = (Map::new(), Map::new());
+    if !now.unschedulable {
+        annotations.insert(keys::CORDONED.to_owned(), "true".into());
+        spec.insert("unschedulable".to_owned(), true.into());
+    }
+    if tainted && without_taint(now).is_none() {
+        let mut taints = now.taints.clone();
+        taints.push(json!({ "key": keys::CLEARING, "effect": "NoSchedule" }));
+        spec.insert("taints".to_owned(), taints.into());
+    }
+    (!spec.is_empty()).then(|| json!({ "metadata": { "annotations": annotations }, "spec": spec }))
+}
+
+/// The node's taints without ours; `None` when ours isn't there.
+#[must_use]
+pub fn without_taint(now: &NodeFacts) -> Option<Value> {
+    let others: Vec<&Value> =
+        now.taints.iter().filter(|taint| taint.get("key") != Some(&keys::CLEARING.into())).collect();
+    (others.len() < now.taints.len()).then(|| json!(others))
 }
 
 /// Lets flannel's pod leave a prepared node.
@@ -101,7 +120,7 @@ pub fn labelled(network: Network) -> Value {
     json!({ "metadata": { "labels": { keys::NETWORK: network.as_str() } } })
 }
 
-/// Takes lease and grant away, uncordons if it was us who cordoned, notes or forgets failures, and says whose network it is: one patch.
+/// Takes lease, grant and taint away, uncordons if it was us who cordoned, notes or forgets failures, and says whose network it is: one patch.
 #[must_use]
 pub fn released(now: &NodeFacts, failures: Option<Failures>, network: Option<Network>) -> Value {
     let failures = failures.and_then(|failures| serde_json::to_string(&failures).ok());
@@ -110,10 +129,17 @@ pub fn released(now: &NodeFacts, failures: Option<Failures>, network: Option<Net
         "labels": { keys::LEASE: null, keys::NETWORK: network },
         "annotations": { keys::GRANT: null, keys::CORDONED: null, keys::FAILURES: failures },
     });
+    let mut spec = Map::new();
     if now.view.cordoned {
-        json!({ "metadata": metadata, "spec": { "unschedulable": null } })
-    } else {
+        spec.insert("unschedulable".to_owned(), Value::Null);
+    }
+    if let Some(taints) = without_taint(now) {
+        spec.insert("taints".to_owned(), taints);
+    }
+    if spec.is_empty() {
         json!({ "metadata": metadata })
+    } else {
+        json!({ "metadata": metadata, "spec": spec })
     }
 }
 
@@ -143,6 +169,34 @@ mod tests {
         assert!(released(&node, None, None).get("spec").is_none());
         node.view.cordoned = true;
         assert_eq!(released(&node, None, None)["spec"], json!({ "unschedulable": null }));
+    }
+
+    #[test]
+    fn the_taint_comes_with_the_cordon_and_goes_with_the_lease_and_other_taints_stay() {
+        let (mut node, epoch) = (prepared(), Epoch::FIRST);
+        let other = json!({ "key": "dedicated", "value": "x", "effect": "NoExecute" });
+        let ours = json!({ "key": keys::CLEARING, "effect": "NoSchedule" });
+        node.taints = vec![other.clone()];
+        assert_eq!(cordoned(&node, epoch, false).unwrap()["spec"], json!({ "unschedulable": true }));
+        let both = cordoned(&node, epoch, true).unwrap();
+        assert_eq!(both["spec"], json!({ "unschedulable": true, "taints": [other, ours] }));
+        node.unschedulable = true;
+        let only = cordoned(&node, epoch, true).unwrap();
+        assert_eq!(only, json!({ "metadata": { "annotations": {} }, "spec": { "taints": [other, ours] } }));
+        node.taints.push(ours);
+        assert_eq!(cordoned(&node, epoch, true), None);
+        assert_eq!(released(&node, None, None)["spec"], json!({ "taints": [other] }));
+    }
+
+    fn prepared() -> NodeFacts {
+        let grant = r#"{"epoch":1,"fence":1,"goal":"migrate","strategy":"in-place","budgetSeconds":1,"flannel":{"networks":[],"vni":1,"port":1,"mtu":1450,"cniConfDir":""},"calico":{"cniConfName":"","cniConfTemplate":"","mtu":1450,"healthPort":1,"kubeServiceAddress":""}}"#;
+        let report = r#"{"epoch":1,"state":"prepared","since":"2026-01-01T00:00:00Z","reason":"Prepared"}"#;
+        let texts = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+        };
+        let labels = texts(&[(keys::LEASE, "1"), (keys::STATE, "prepared"), (keys::NETWORK, "flannel")]);
+        let annotations = texts(&[(keys::GRANT, grant), (keys::REPORT, report)]);
+        NodeFacts { view: NodeView::parse(&labels, &annotations), ..NodeFacts::default() }
     }
 
     #[test]

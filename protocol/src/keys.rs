@@ -9,6 +9,9 @@ pub const LEASE: &str = "flannel-migration/lease";
 pub const GRANT: &str = "flannel-migration/grant";
 /// Annotation, coordinator: `true` while the node is cordoned by the coordinator.
 pub const CORDONED: &str = "flannel-migration/cordoned";
+/// Taint, coordinator: `NoSchedule` while pods that their DaemonSets made can't be adopted, so that they don't come back on flannel's
+/// network. A cordon doesn't keep them away: their DaemonSets' controller lets them tolerate it.
+pub const CLEARING: &str = "flannel-migration/clearing";
 /// Annotation, coordinator: JSON [`crate::Failures`].
 pub const FAILURES: &str = "flannel-migration/failures";
 /// Label, agent: one [`crate::State`].
@@ -50,6 +53,8 @@ pub enum Kind {
     Annotation,
     /// `status.conditions`.
     Condition,
+    /// `spec.taints`.
+    Taint,
 }
 
 /// One row of the table in the crate's documentation.
@@ -68,10 +73,11 @@ const fn key(name: &'static str, kind: Kind, writer: Writer) -> Key {
 }
 
 /// All keys, in the order of the table in the crate's documentation.
-pub const KEYS: [Key; 13] = [
+pub const KEYS: [Key; 14] = [
     key(LEASE, Kind::Label, Writer::Coordinator),
     key(GRANT, Kind::Annotation, Writer::Coordinator),
     key(CORDONED, Kind::Annotation, Writer::Coordinator),
+    key(CLEARING, Kind::Taint, Writer::Coordinator),
     key(FAILURES, Kind::Annotation, Writer::Coordinator),
     key(STATE, Kind::Label, Writer::Agent),
     key(REPORT, Kind::Annotation, Writer::Agent),

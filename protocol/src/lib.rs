@@ -13,6 +13,7 @@
 //! | `flannel-migration/lease` | label | coordinator | the [`Epoch`] of the lease; absent: no lease |
 //! | `flannel-migration/grant` | annotation | coordinator | JSON [`Grant`], written in the same patch as the lease |
 //! | `flannel-migration/cordoned` | annotation | coordinator | `true`: the coordinator cordoned the node, and only then uncordons it |
+//! | `flannel-migration/clearing` | taint | coordinator | `NoSchedule`: pods that can't be adopted must not come back by their DaemonSets before Calico's network is there |
 //! | `flannel-migration/failures` | annotation | coordinator | JSON [`Failures`], so that the back-off survives a restart |
 //! | `flannel-migration/state` | label | agent | one [`State`] |
 //! | `flannel-migration/report` | annotation | agent | JSON [`Report`], written in the same patch as the state |
@@ -52,7 +53,8 @@
 //! 2. The agent, if *n* is newer than what its journal knows: `preparing`, then `prepared` with the list of pods
 //!    that can't be adopted; nothing on the host is changed. If the node isn't fit: back to `flannel` with the reason.
 //! 3. The coordinator evicts (strategy `drain`: all that a drain evicts; `in-place`: exactly the list) and sets
-//!    network `none`, so that flannel's pod leaves. If it can't, it takes lease and grant away; an agent in
+//!    network `none`, so that flannel's pod leaves. What was evicted must not come back before the switch: the node is cordoned, and
+//!    tainted where a DaemonSet would make a pod again in spite of that. If it can't, it takes lease and grant away; an agent in
 //!    `preparing` or `prepared` whose lease is gone goes to `flannel`.
 //! 4. The agent, when flanneld is provably gone: `switching`. Bounded, journalled, needs no API. Any failure is undone.
 //! 5. `verifying`, with the pods taken over in `adopted`.

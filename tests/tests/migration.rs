@@ -29,6 +29,8 @@ mod rollback;
 mod screen;
 #[path = "migration/settings.rs"]
 mod settings;
+#[path = "migration/unusual.rs"]
+mod unusual;
 
 use std::{
     collections::BTreeMap,

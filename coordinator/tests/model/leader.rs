@@ -274,12 +274,11 @@ impl Leader {
                 patch::granted(now, &grant(*epoch, self.fence, *goal))
             }
             Step::CallOff => patch::withdrawn(now, now.view.granted()?.epoch, None),
-            Step::Clear if task.written == 0 => {
-                patch::cordoned(now, answered(State::Prepared)?).or_else(|| {
+            Step::Clear if task.written == 0 => patch::cordoned(now, answered(State::Prepared)?, true)
+                .or_else(|| {
                     patch::cleared(now, answered(State::Prepared)?)
                         .filter(|_| now.view.network.get() != Some(&Network::None))
-                })
-            }
+                }),
             Step::Clear => {
                 let epoch = answered(State::Prepared)?;
                 if now.view.network.get() != Some(&Network::Flannel) {

@@ -15,6 +15,7 @@ pub struct Object {
     pub labels: Texts,
     pub annotations: Texts,
     pub unschedulable: bool,
+    pub taints: Vec<Value>,
     pub ready: bool,
     /// What the keys say, read once for each version.
     view: NodeView,
@@ -32,6 +33,7 @@ impl Object {
             view: self.view.clone(),
             ready: self.ready,
             unschedulable: self.unschedulable,
+            taints: self.taints.clone(),
             linux: true,
             ..NodeFacts::default()
         }
@@ -112,6 +114,9 @@ impl Store {
             Some(Value::Bool(value)) => object.unschedulable = *value,
             Some(Value::Null) => object.unschedulable = false,
             _ => {}
+        }
+        if let Some(taints) = patch.pointer("/spec/taints") {
+            object.taints = taints.as_array().cloned().unwrap_or_default();
         }
         self.put(name, object);
         true

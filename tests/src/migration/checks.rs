@@ -25,6 +25,11 @@ pub fn nodes(bed: &Bed, cordoned: &[String]) -> Result<Vec<String>> {
         if unschedulable != cordoned.contains(&name) {
             wrong.push(format!("{name}: unschedulable is {unschedulable}, which it wasn't before"));
         }
+        for taint in node.pointer("/spec/taints").and_then(Value::as_array).into_iter().flatten() {
+            if text(taint, "/key").starts_with("flannel") {
+                wrong.push(format!("{name}: still tainted: {taint}"));
+            }
+        }
         for part in ["labels", "annotations"] {
             for (key, _) in
                 node.pointer(&format!("/metadata/{part}")).and_then(Value::as_object).into_iter().flatten()

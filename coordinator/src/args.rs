@@ -160,7 +160,7 @@ fn given(text: &str) -> Result<String, String> {
 #[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct Policy {
     /// What happens to the pods of a node: in-place or drain. An annotation overrides it for one node.
-    #[arg(long, env = "STRATEGY", default_value = "drain", global = true)]
+    #[arg(long, env = "STRATEGY", default_value = "in-place", global = true)]
     pub strategy: Strategy,
     /// How many nodes may be in change or not ready at once: a number, or a per cent of the nodes.
     #[arg(long, env = "MAX_UNAVAILABLE", default_value = "1", global = true)]

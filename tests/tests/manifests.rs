@@ -88,7 +88,7 @@ fn each_overlay_changes_what_it_is_for_and_nothing_else() {
     };
     for (overlay, expected) in [
         ("registry", vec![image(&agent, "agent"), image(&job, "coordinator")]),
-        ("in-place", vec![format!("{job}/env/STRATEGY/value = \"in-place\"")]),
+        ("drain", vec![format!("{job}/env/STRATEGY/value = \"drain\"")]),
         ("max-unavailable", vec![format!("{job}/env/MAX_UNAVAILABLE/value = \"10%\"")]),
         (
             "metrics",

@@ -127,8 +127,8 @@ struct ProbeArgs {
 struct DemoArgs {
     #[command(flatten)]
     shape: UpArgs,
-    /// drain or in-place; from STRATEGY when that is set.
-    #[arg(long, env = "STRATEGY", default_value = "drain", value_parser = ["drain", "in-place"])]
+    /// in-place or drain; from STRATEGY when that is set.
+    #[arg(long, env = "STRATEGY", default_value = "in-place", value_parser = ["in-place", "drain"])]
     strategy: String,
     /// How many nodes at a time, a number or a per cent.
     #[arg(long, env = "MAX_UNAVAILABLE", default_value = "1")]

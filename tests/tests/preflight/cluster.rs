@@ -5,7 +5,7 @@ use std::time::Duration;
 use flannel_migration_tests::{bed::flannel::documents, run};
 use serde_json::json;
 
-use super::world::{World, ours};
+use super::world::{DRAIN, World, ours};
 
 pub fn all(world: &mut World) {
     rights(world);
@@ -96,14 +96,15 @@ fn draining(world: &mut World) {
         ("BudgetForbidsEviction", "PodDisruptionBudget default/never"),
         ("PodFitsNowhere", "Pod default/guarded-"),
     ];
-    let found = world.expect(&both);
+    let found = world.expect_with(DRAIN, &both);
     assert_eq!(found[0].severity, "holds-node");
-    world.expect_with(&[("STRATEGY", "in-place")], &[]);
+    // In place, nothing of it is in the way.
+    world.expect_clear();
     world.kubectl(&["delete", "poddisruptionbudget", "never"]);
-    world.expect(&both[1..]);
+    world.expect_with(DRAIN, &both[1..]);
     let patch = json!({ "spec": { "template": { "spec": { "nodeSelector": null } } } });
     world.kubectl(&["patch", "deployment", "guarded", "--type=merge", "-p", &patch.to_string()]);
-    world.expect_clear();
+    world.expect_with(DRAIN, &[]);
     world.kubectl(&["delete", "deployment", "guarded"]);
 }
 

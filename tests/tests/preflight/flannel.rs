@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::world::{CALICO, FLANNEL, FLANNEL_CONFIG, World};
+use super::world::{CALICO, DRAIN, FLANNEL, FLANNEL_CONFIG, World};
 
 const DAEMON: &str = "DaemonSet kube-flannel/kube-flannel-ds";
 const CONFIG: &str = "ConfigMap kube-flannel/kube-flannel-cfg";
@@ -33,11 +33,14 @@ fn daemon(world: &mut World) {
     world.case(&FLANNEL, &[("FlannelTooOld", DAEMON)], |set| {
         container(set)["image"] = json!("quay.io/coreos/flannel:v0.9.0-amd64");
     });
-    let canal = [("CanalNotDrained", DAEMON), ("CanalTooOld", DAEMON)];
-    world.case(&FLANNEL, &canal, |set| {
+    let original = world.edit(&FLANNEL, |set| {
         let calico = json!({ "name": "calico-node", "image": "quay.io/calico/node:v3.6.1" });
         set["spec"]["template"]["spec"]["containers"].as_array_mut().unwrap().push(calico);
     });
+    world.expect_with(DRAIN, &[("CanalNotDrained", DAEMON), ("CanalTooOld", DAEMON)]);
+    world.expect(&[("CanalTooOld", DAEMON)]);
+    world.put(&original);
+    world.expect_clear();
     world.case(&FLANNEL, &[("SubnetsInEtcd", DAEMON)], |set| {
         container(set)["args"] = json!(["--ip-masq", "--etcd-endpoints=http://127.0.0.1:2379"]);
     });

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::world::{CALICO, CALICO_CONFIG, World, cidr, host, node, report};
+use super::world::{CALICO, CALICO_CONFIG, DRAIN, World, cidr, host, node, report};
 
 const N1: [&str; 2] = ["node", "n1"];
 const PREFIX: &str = "flannel.alpha.coreos.com";
@@ -145,9 +145,9 @@ fn membership(world: &mut World) {
     world.ready(2, "True");
     world.expect_clear();
     world.leave(2);
-    let found = world.expect(&[("SingleNode", "Node n1")]);
+    let found = world.expect_with(DRAIN, &[("SingleNode", "Node n1")]);
     assert_eq!(found[0].severity, "warning");
-    world.expect_with(&[("STRATEGY", "in-place")], &[]);
+    world.expect_clear();
     world.leave(1);
     world.expect_with(&[("FLANNEL_MTU", "1450")], &[("NoNodes", "Nodes")]);
     world.join(1, Some(&cidr(1)));

@@ -40,6 +40,9 @@ pub struct World {
     heart: Option<JoinHandle<()>>,
 }
 
+/// The strategy that isn't the default.
+pub const DRAIN: &[(&str, &str)] = &[("STRATEGY", "drain")];
+
 /// One finding as `-o json` prints it.
 #[derive(Debug, Clone, serde::Deserialize)]
 pub struct Found {

@@ -94,7 +94,10 @@ fn forbids(budget: &PodDisruptionBudget, leaving: &[&Pod]) -> Option<Finding> {
         .collect();
     let (first, more) = (pods.first()?, pods.len() - 1);
     let pods = if more > 0 { format!("{first} and {more} more") } else { first.clone() };
-    Some(Finding::holds_node(
+    // One that would allow an eviction if all its pods were healthy may do so in a moment, as after its pods were started.
+    let weigh =
+        if status.expected_pods > status.desired_healthy { Finding::warning } else { Finding::holds_node };
+    Some(weigh(
         "BudgetForbidsEviction",
         format!("PodDisruptionBudget {}/{}", namespace.unwrap_or_default(), budget.name_any()),
         format!(

@@ -1,6 +1,7 @@
 use flannel_migration_protocol::{Field, NodeView, State};
 
 use super::*;
+use crate::preflight::Severity;
 
 fn workloads(yaml: &str) -> Workloads {
     let value: serde_json::Value = serde_saphyr::from_str(yaml).unwrap();
@@ -90,6 +91,15 @@ fn a_budget_without_room_is_told_if_it_is_about_pods_that_must_leave() {
     assert!(reasons(&unready, &["a", "b"], Strategy::Drain).is_empty());
     let broken = unready.replace("currentHealthy: 1", "currentHealthy: 0");
     assert_eq!(reasons(&broken, &["a", "b"], Strategy::Drain), ["BudgetForbidsEviction"]);
+    // One more healthy pod and it allows one: that is a matter of time.
+    let starting = broken.replace("desiredHealthy: 1", "desiredHealthy: 0");
+    let mut findings = Vec::new();
+    for yaml in [&broken, &starting] {
+        rules(&workloads(yaml), &nodes(&["a", "b"]), Strategy::Drain, &mut findings);
+    }
+    let weights: Vec<_> = findings.iter().map(|finding| (finding.reason, finding.severity)).collect();
+    let expected = [Severity::HoldsNode, Severity::Warning].map(|weight| ("BudgetForbidsEviction", weight));
+    assert_eq!(weights, expected);
     let pending = broken.replace("phase: Running", "phase: Pending");
     assert!(reasons(&pending, &["a", "b"], Strategy::Drain).is_empty());
     assert!(reasons(&budget("other", 0), &["a", "b"], Strategy::Drain).is_empty());

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use flannel_migration_protocol::{Grant, HostFacts, State};
+use flannel_migration_protocol::{Grant, HostFacts, Network, State};
 use flannel_migration_telemetry::Probes;
 use notify::Watcher as _;
 use tokio::sync::mpsc;
@@ -17,14 +17,16 @@ use crate::host::{cni, facts};
 use crate::inventory::Known;
 use crate::journal::Journal;
 use crate::metrics::Metrics;
-use crate::node::{OwnNode, Seen};
+use crate::node::{OwnNode, PATIENCE, Seen};
 use crate::steps::{self, Site};
-use crate::work;
+use crate::{observe, work};
 
 /// How often to look when nothing happens: processes and Felix give no event.
 const BUSY: Duration = Duration::from_millis(150);
-const IDLE: Duration = Duration::from_secs(5);
-const KEEPING: Duration = Duration::from_millis(500);
+/// At rest: kernel settings and what others do to the host give no event either.
+const IDLE: Duration = Duration::from_secs(10);
+/// The end of a connection gives no event, and neither does the start of Felix on a node that joined.
+const SOON: Duration = Duration::from_millis(500);
 /// How long the switch waits to be announced. It needs no API.
 const ANNOUNCE: Duration = Duration::from_secs(2);
 
@@ -35,6 +37,8 @@ pub struct Agent {
     journal: Journal,
     node: OwnNode,
     waiting: &'static str,
+    /// Whether the state was entered and not told yet.
+    untold: bool,
     /// What is seen of the host while nothing is changed there.
     host: Option<HostFacts>,
     /// The last step's error.
@@ -59,6 +63,7 @@ impl Agent {
             journal,
             node,
             waiting: "",
+            untold: false,
             host: None,
             trouble: None,
             troubled: false,
@@ -76,14 +81,16 @@ impl Agent {
             self.probes.beat();
             let now = seen.borrow_and_update().clone();
             let known = now.is_some();
+            let joins = now.as_ref().is_some_and(|now| now.view.network.get() == Some(&Network::Calico));
             let again = self.step(now).await;
             // Ready: the node is seen, and what was last to be said of it was said.
             self.probes.set_ready(known && !self.troubled);
             let pause = match (again, self.journal.entry.state) {
                 (true, _) => Duration::ZERO,
                 (false, State::Prepared | State::Verifying | State::Reverting) => BUSY,
-                // The end of a connection gives no event.
-                (false, _) if !self.journal.entry.kept.is_empty() => KEEPING,
+                (false, State::Flannel) if joins => SOON,
+                (false, _) if !self.journal.entry.kept.is_empty() => SOON,
+                (false, _) if self.node.has_words_left() => PATIENCE,
                 _ => IDLE,
             };
             tokio::select! {
@@ -106,7 +113,7 @@ impl Agent {
         let looked = tokio::task::spawn_blocking(move || {
             let host =
                 (journal.entry.state == State::Flannel).then(|| facts::look(Path::new(facts::PLUGINS)));
-            (work::observe(view, &journal, &site, &directory), host)
+            (observe::observe(view, &journal, &site, &directory), host)
         });
         let Ok((observed, host)) = looked.await else {
             return false;
@@ -129,8 +136,12 @@ impl Agent {
             return false;
         }
         self.waiting = "";
+        if self.untold {
+            // No state is passed over.
+            self.publish(&seen, "").await;
+        }
         let before = self.journal.entry.state;
-        let finished = next == Next::Finish;
+        let (finished, let_go) = (next == Next::Finish, next == Next::LetGo);
         let done = self.act(next, &seen).await;
         // Said once, however often it is tried again.
         let trouble = done.as_ref().err().map(|error| steps::chain(&**error));
@@ -149,10 +160,16 @@ impl Agent {
             info!(node = self.site.node, epoch = self.epoch(), from = %before, state = %entry.state, step = "enter", reason = entry.reason, why = entry.message, "entered");
         }
         self.metrics.see(entry);
+        let entered = entry.state != before;
+        if done.is_ok() && (entered || let_go) {
+            // What is waited for next is known in a moment, and told in the same write.
+            self.untold = entered && !finished;
+            return true;
+        }
         if self.journal.exists() {
             self.publish(&seen, "").await;
         }
-        done.is_ok() && self.journal.entry.state != before
+        false
     }
 
     async fn act(&mut self, next: Next, seen: &Seen) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -279,6 +296,7 @@ impl Agent {
     }
 
     async fn publish(&mut self, seen: &Seen, step: &str) {
+        self.untold = false;
         match self.node.publish(seen, &self.journal.entry, step, self.host.as_ref()).await {
             Ok(()) => self.troubled = false,
             Err(error) => {

@@ -1,9 +1,9 @@
 //! The agent's own Node: watched, and written by one writer. Every call has a time limit.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use flannel_migration_protocol::{HostFacts, NodeView, Report, State, keys};
+use flannel_migration_protocol::{HostFacts, NodeView, State};
 use flannel_migration_telemetry::CountCalls;
 use futures::{StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
@@ -13,15 +13,17 @@ use kube::client::ClientBuilder;
 use kube::core::PartialObjectMeta;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::runtime::{WatchStreamExt as _, watcher};
-use serde_json::json;
 use tokio::sync::watch;
 
 use crate::inventory::Known;
 use crate::journal::Entry;
 use crate::names::IDENTIFIER;
+use crate::news::{Condition, News, Said};
 
 /// How long a call may take.
 const LIMIT: Duration = Duration::from_secs(10);
+/// How long words for people must have been true to be worth a write of their own.
+pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A call that failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,17 +55,32 @@ pub struct Seen {
     pub version: String,
 }
 
+impl Seen {
+    fn of(node: PartialObjectMeta<Node>) -> Self {
+        let empty = BTreeMap::new();
+        let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
+        let annotations = node.metadata.annotations.as_ref().unwrap_or(&empty);
+        Self {
+            view: NodeView::parse(labels, annotations),
+            uid: node.metadata.uid.unwrap_or_default(),
+            version: node.metadata.resource_version.unwrap_or_default(),
+        }
+    }
+}
+
 /// The node's API.
 pub struct OwnNode {
     name: String,
-    nodes: Api<Node>,
+    own: Api<PartialObjectMeta<Node>>,
     pods: Api<Pod>,
     recorder: Recorder,
-    // What the condition was last set to; it is not part of what is watched.
-    condition: Option<(String, String, String)>,
+    // What the condition was last set to.
+    condition: Option<Condition>,
     announced: Option<(State, String)>,
-    // The version that was last written, which the watch may not have told yet.
-    written: String,
+    // What was last written, which the watch may not have told yet.
+    written: Seen,
+    // Since when there are words that were not said.
+    unsaid: Option<Instant>,
 }
 
 impl OwnNode {
@@ -78,12 +95,13 @@ impl OwnNode {
         let reporter = Reporter { controller: IDENTIFIER.into(), instance: Some(name.to_owned()) };
         Ok(Self {
             name: name.to_owned(),
-            nodes: Api::all(client.clone()),
+            own: Api::all(client.clone()),
             pods: Api::all(client.clone()),
             recorder: Recorder::new(client, reporter),
             condition: None,
             announced: None,
-            written: String::new(),
+            written: Seen::default(),
+            unsaid: None,
         })
     }
 
@@ -92,7 +110,7 @@ impl OwnNode {
     pub fn watch(&self) -> watch::Receiver<Option<Seen>> {
         let (sender, receiver) = watch::channel(None);
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.name));
-        let nodes: Api<PartialObjectMeta<Node>> = Api::all(self.nodes.clone().into_client());
+        let nodes = self.own.clone();
         tokio::spawn(async move {
             let stream = watcher::watcher(nodes, config).default_backoff().applied_objects();
             let mut stream = std::pin::pin!(stream.into_stream());
@@ -101,13 +119,7 @@ impl OwnNode {
                 match event {
                     Ok(node) => {
                         failing = false;
-                        let empty = BTreeMap::new();
-                        let labels = node.metadata.labels.as_ref().unwrap_or(&empty);
-                        let annotations = node.metadata.annotations.as_ref().unwrap_or(&empty);
-                        let view = NodeView::parse(labels, annotations);
-                        let (uid, version) = (node.metadata.uid, node.metadata.resource_version);
-                        let seen =
-                            Seen { view, uid: uid.unwrap_or_default(), version: version.unwrap_or_default() };
+                        let seen = Seen::of(node);
                         sender.send_if_modified(|old| {
                             let changed = old.as_ref() != Some(&seen);
                             *old = Some(seen);
@@ -139,7 +151,8 @@ impl OwnNode {
         Ok(pods.items.into_iter().map(known).collect())
     }
 
-    /// Writes what the journal says, as far as the node doesn't say it yet.
+    /// Says what the journal says, as far as the node doesn't yet: all in one write. Words for people are said once they were true for
+    /// [`PATIENCE`]; most steps are over before.
     pub async fn publish(
         &mut self,
         seen: &Seen,
@@ -147,71 +160,40 @@ impl OwnNode {
         step: &str,
         host: Option<&HostFacts>,
     ) -> Result<(), Error> {
-        let report = Report {
-            epoch: entry.epoch,
-            state: entry.state,
-            step: step.to_owned(),
-            since: entry.since,
-            reason: entry.reason.clone(),
-            message: entry.message.clone(),
-            evict: entry.to_evict().to_vec(),
-            host: host.filter(|_| entry.state == State::Flannel).cloned(),
-        }
-        .bounded();
-        let adopted =
-            entry.adopted().map(|pods| pods.iter().map(|pod| pod.adopted.clone()).collect::<Vec<_>>());
-        let kept = (!entry.kept.is_empty()).then_some(&entry.kept);
-        let view = &seen.view;
-        if view.state.get() != Some(&entry.state)
-            || view.report.get() != Some(&report)
-            || view.adopted.get().is_none_or(|old| Some(old) != adopted.as_ref()) && adopted.is_some()
-            || !view.adopted.is_absent() && adopted.is_none()
-            || view.kept.get() != kept
-            || view.kept.malformed().is_some()
-        {
-            let text = |value: serde_json::Value| serde_json::Value::String(value.to_string());
-            // With a precondition: a write that the API server takes late, after newer ones, would tell what isn't true any more.
-            let patch = json!({ "metadata": {
-                "resourceVersion": newest(&seen.version, &self.written),
-                "labels": { keys::STATE: entry.state.as_str() },
-                "annotations": { keys::REPORT: text(json!(report)), keys::ADOPTED: adopted.map(|pods| text(json!(pods))),
-                    keys::KEPT: kept.map(|addresses| text(json!(addresses))) },
-            }});
-            let (parameters, patch) = (PatchParams::default(), Patch::Merge(patch));
-            let what = "write the node's state";
-            match call(what, self.nodes.patch_metadata(&self.name, &parameters, &patch)).await {
-                Ok(written) => self.written = written.metadata.resource_version.unwrap_or_default(),
-                // The watch brings the newer version, and with it the next try.
-                Err(Error::Call(_, error)) if is_conflict(&error) => return Ok(()),
-                Err(error) => return Err(error),
+        let news = News::of(entry, step, host);
+        // What was written last, until the watch has told it.
+        let newer = number(&self.written.version) > number(&seen.version);
+        let (view, version) =
+            if newer { (&self.written.view, &self.written.version) } else { (&seen.view, &seen.version) };
+        // The condition is no part of what is watched: a new agent says it again.
+        let said = if self.condition.is_some() { news.said_by(view) } else { Said::No };
+        match said {
+            Said::All => self.unsaid = None,
+            Said::ButWords if self.unsaid.get_or_insert_with(Instant::now).elapsed() < PATIENCE => {}
+            Said::ButWords | Said::No => {
+                let condition = news.condition();
+                let turned = self.condition.as_ref().is_none_or(|(status, ..)| *status != condition.0);
+                let patch = Patch::Strategic(news.patch(version, Timestamp::now(), turned));
+                let parameters = PatchParams::default();
+                let what = "write the node's state";
+                match call(what, self.own.patch_status(&self.name, &parameters, &patch)).await {
+                    Ok(written) => self.written = Seen::of(written),
+                    // The watch brings the newer version, and with it the next try.
+                    Err(Error::Call(_, error)) if is_conflict(&error) => return Ok(()),
+                    Err(error) => return Err(error),
+                }
+                self.condition = Some(condition);
+                self.unsaid = None;
             }
         }
-        self.condition(entry).await?;
         self.announce(seen, entry).await;
         Ok(())
     }
 
-    async fn condition(&mut self, entry: &Entry) -> Result<(), Error> {
-        let status = match entry.state {
-            State::Calico => "True",
-            State::Flannel | State::Stuck => "False",
-            _ => "Unknown",
-        };
-        let condition = (status.to_owned(), entry.reason.clone(), entry.message.clone());
-        if self.condition.as_ref() == Some(&condition) {
-            return Ok(());
-        }
-        let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-        let patch = json!({ "status": { "conditions": [{
-            "type": keys::CONDITION, "status": status, "reason": entry.reason, "message": entry.message,
-            "lastTransitionTime": now, "lastHeartbeatTime": now,
-        }]}});
-        let (parameters, patch) = (PatchParams::default(), Patch::Strategic(patch));
-        let what = "write the node's condition";
-        let written = call(what, self.nodes.patch_status(&self.name, &parameters, &patch)).await?;
-        self.written = written.metadata.resource_version.unwrap_or_default();
-        self.condition = Some(condition);
-        Ok(())
+    /// Whether there are words that were not said yet.
+    #[must_use]
+    pub const fn has_words_left(&self) -> bool {
+        self.unsaid.is_some()
     }
 
     // Events are for people; that one is lost is no reason to stop.
@@ -254,9 +236,8 @@ fn is_conflict(error: &kube::Error) -> bool {
 }
 
 /// Versions of one kind of object are comparable numbers (KEP-5504).
-fn newest<'a>(seen: &'a str, written: &'a str) -> &'a str {
-    let number = |version: &str| version.parse::<u64>().unwrap_or(0);
-    if number(written) > number(seen) { written } else { seen }
+fn number(version: &str) -> u64 {
+    version.parse().unwrap_or(0)
 }
 
 /// Annotation of a static pod's stand-in in the API: the UID that the kubelet and the runtime know the pod by.

@@ -4,12 +4,10 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flannel_migration_protocol::{Grant, NodeView, State};
-use jiff::Timestamp;
+use flannel_migration_protocol::{Grant, State};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tracing::{info, warn};
 
-use crate::decide::{Felix, Observed};
 use crate::host::netlink::Socket;
 use crate::host::{cni, connections, files, iptables, links, netns, process, sysctl};
 use crate::inventory::{Inventory, Known};
@@ -27,46 +25,6 @@ const QUIET: Duration = Duration::from_millis(100);
 const PLUGINS: [&str; 5] = ["flannel", "bridge", "portmap", "host-local", "bandwidth"];
 /// Those of Canal's chain.
 const CANALS_PLUGINS: [&str; 4] = ["calico", "portmap", "host-local", "bandwidth"];
-
-/// Looks at the node.
-#[must_use]
-pub fn observe(view: NodeView, journal: &Journal, site: &Site, config_dir: &Path) -> Observed {
-    let processes = process::all();
-    let own = netns::own().unwrap_or_default();
-    let port = journal.entry.grant.as_ref().map_or(9099, |grant| grant.calico.health_port);
-    let state = journal.entry.state;
-    // At rest, nobody asks.
-    let felix = if matches!(state, State::Verifying | State::Reverting | State::Flannel) {
-        if probe::felix_ready(port) {
-            Felix::Ready
-        } else if probe::felix_there(port) || !process::named(&processes, &["calico-node"], own).is_empty() {
-            Felix::There
-        } else {
-            Felix::Gone
-        }
-    } else {
-        Felix::Gone
-    };
-    let configs = cni::configs(config_dir).unwrap_or_default();
-    // Canal's pod is gone when its Felix is gone too.
-    let canal = journal.entry.grant.as_ref().is_some_and(|grant| grant.flannel.canal);
-    let daemons: &[&str] =
-        if canal && state == State::Prepared { &["flanneld", "calico-node"] } else { &["flanneld"] };
-    Observed {
-        view,
-        flanneld: !process::named(&processes, daemons, own).is_empty(),
-        flannel_here: configs.iter().any(cni::Config::is_flannels) || has_flannel_device(),
-        flannel_files: configs.iter().any(cni::Config::is_flannels) || site.flannel_run.exists(),
-        felix,
-        kept_in_use: !journal.entry.kept.is_empty() && connections::any_from(&journal.entry.kept),
-        now: Timestamp::now(),
-    }
-}
-
-fn has_flannel_device() -> bool {
-    let links = Socket::open().and_then(|mut socket| links::links(&mut socket)).unwrap_or_default();
-    links.iter().any(|link| link.name.starts_with("flannel.") && link.vxlan.is_some())
-}
 
 /// Examines the node, and leaves the journal in `prepared` or, with the reason, in `flannel`.
 pub fn prepare(

@@ -25,6 +25,10 @@
 //! | `NetworkMigrated` | condition | agent | True, False or Unknown, with reason and message |
 //! | `projectcalico.org/node-network-during-migration` | label | coordinator | a [`Network`]; it moves the pods of flannel's and Calico's DaemonSets |
 //!
+//! An agent says all of its keys in one patch, of the Node's status: state, report, adopted, kept and condition are of one moment. It
+//! tells each state that it enters, and within a state what somebody depends on, at once; step and message, which only people read,
+//! when they have been true for two seconds: most steps are over before.
+//!
 //! The same table as data is [`keys::KEYS`]; a test keeps both and the admission policy of the manifests equal.
 //!
 //! # States

@@ -13,8 +13,9 @@ use anyhow::{Context, Result};
 use flannel_migration_agent::{
     decide::{Felix, Next, Observed, decide},
     journal::{Entry, Journal},
+    news::News,
 };
-use flannel_migration_protocol::{Adopted, Grant, Network, NodeView, Report, State, keys};
+use flannel_migration_protocol::{Adopted, Grant, Network, NodeView, State};
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
@@ -23,7 +24,6 @@ use kube::{
     api::{PartialObjectMeta, Patch, PatchParams},
     runtime::{WatchStreamExt as _, watcher},
 };
-use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 
 use super::objects;
@@ -61,8 +61,8 @@ impl Agents {
         let shared = Arc::clone(&courses);
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {
-            let all = All { nodes: Api::all(client.clone()), pods, blank, courses: shared };
             let seen: Api<PartialObjectMeta<Node>> = Api::all(client);
+            let all = All { nodes: seen.clone(), pods, blank, courses: shared };
             runtime.block_on(async {
                 tokio::select! { () = all.serve(seen) => {}, _ = stopped => {} }
             });
@@ -99,7 +99,7 @@ struct Seen {
 }
 
 struct All {
-    nodes: Api<Node>,
+    nodes: Api<PartialObjectMeta<Node>>,
     pods: u32,
     blank: Entry,
     courses: Arc<Mutex<Courses>>,
@@ -139,7 +139,7 @@ impl All {
             entry: Entry { node: name.to_owned(), ..self.blank.clone() },
             adopted: adopted(name, self.pods),
             written: String::new(),
-            condition: None,
+            status: None,
             courses: Arc::clone(&self.courses),
         }
     }
@@ -173,12 +173,12 @@ fn adopted(name: &str, pods: u32) -> Vec<Adopted> {
 
 struct Agent {
     name: String,
-    nodes: Api<Node>,
+    nodes: Api<PartialObjectMeta<Node>>,
     entry: Entry,
     adopted: Vec<Adopted>,
     /// The version that was written last, which the watch may not have told yet.
     written: String,
-    condition: Option<(State, String)>,
+    status: Option<&'static str>,
     courses: Arc<Mutex<Courses>>,
 }
 
@@ -258,58 +258,20 @@ impl Agent {
             && view.report.get().is_some_and(|report| report.epoch == self.entry.epoch)
     }
 
-    /// Writes as the real agent does: state and report with the version as precondition, then the condition.
+    /// Writes as the real agent does, all in one patch with the version as precondition.
     async fn publish(&mut self, seen: &Seen) {
-        let entry = &self.entry;
-        let report = Report {
-            epoch: entry.epoch,
-            state: entry.state,
-            step: String::new(),
-            since: entry.since,
-            reason: entry.reason.clone(),
-            message: entry.message.clone(),
-            evict: Vec::new(),
-            host: None,
-        };
-        let shown = matches!(entry.state, State::Verifying | State::Calico | State::Reverting);
-        let patch = json!({ "metadata": {
-            "resourceVersion": newest(&seen.version, &self.written),
-            "labels": { keys::STATE: entry.state.as_str() },
-            "annotations": {
-                keys::REPORT: text(&json!(report)), keys::ADOPTED: shown.then(|| text(&json!(self.adopted))),
-            },
-        }});
+        let shown = matches!(self.entry.state, State::Verifying | State::Calico | State::Reverting);
+        let news = News::of(&self.entry, "", None).with_adopted(shown.then(|| self.adopted.clone()));
+        let status = news.condition().0;
+        let turned = self.status.replace(status) != Some(status);
+        let patch = news.patch(newest(&seen.version, &self.written), Timestamp::now(), turned);
         let parameters = PatchParams::default();
-        let Ok(written) = self.nodes.patch_metadata(&self.name, &parameters, &Patch::Merge(patch)).await
-        else {
-            // Somebody wrote in between: the watch brings it, and with it the next try.
-            return;
-        };
-        self.written = written.metadata.resource_version.unwrap_or_default();
-        let condition = (self.entry.state, self.entry.reason.clone());
-        if self.condition.as_ref() == Some(&condition) {
-            return;
-        }
-        let status = match self.entry.state {
-            State::Calico => "True",
-            State::Flannel | State::Stuck => "False",
-            _ => "Unknown",
-        };
-        let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-        let patch = json!({ "status": { "conditions": [{
-            "type": keys::CONDITION, "status": status, "reason": self.entry.reason, "message": "",
-            "lastTransitionTime": now, "lastHeartbeatTime": now,
-        }]}});
+        // Where somebody wrote in between, the watch brings it, and with it the next try.
         if let Ok(written) = self.nodes.patch_status(&self.name, &parameters, &Patch::Strategic(patch)).await
         {
             self.written = written.metadata.resource_version.unwrap_or_default();
-            self.condition = Some(condition);
         }
     }
-}
-
-fn text(value: &Value) -> Value {
-    Value::String(value.to_string())
 }
 
 /// Versions of one kind of object are comparable numbers.

@@ -48,25 +48,29 @@ fn metadata(part: &str, key: &str, value: &str) -> String {
 fn denied() -> Vec<(&'static str, &'static str, &'static str, String)> {
     const N1: &str = "/api/v1/nodes/n1";
     const N2: &str = "/api/v1/nodes/n2";
+    const N1_STATUS: &str = "/api/v1/nodes/n1/status";
+    const N2_STATUS: &str = "/api/v1/nodes/n2/status";
     let network = "projectcalico.org/node-network-during-migration";
     let mut attempts = vec![
         // Another node.
         ("PATCH", N2, MERGE, metadata("labels", "flannel-migration/state", r#""calico""#)),
-        ("PATCH", N2, MERGE, metadata("annotations", "flannel-migration/report", r#""{}""#)),
+        ("PATCH", N2_STATUS, MERGE, metadata("labels", "flannel-migration/state", r#""calico""#)),
+        ("PATCH", N2_STATUS, MERGE, metadata("annotations", "flannel-migration/report", r#""{}""#)),
         (
             "PATCH",
-            "/api/v1/nodes/n2/status",
+            N2_STATUS,
             STRATEGIC,
             r#"{"status":{"conditions":[{"type":"NetworkMigrated","status":"True"}]}}"#.to_owned(),
         ),
-        // The node itself.
+        // The node itself, even where the key is its own.
+        ("PATCH", N1, MERGE, metadata("labels", "flannel-migration/state", r#""calico""#)),
         ("PATCH", N1, MERGE, r#"{"spec":{"unschedulable":true}}"#.to_owned()),
         ("PATCH", N1, MERGE, r#"{"spec":{"taints":[{"key":"x","effect":"NoSchedule"}]}}"#.to_owned()),
-        ("PATCH", N1, MERGE, r#"{"metadata":{"finalizers":["example.org/x"]}}"#.to_owned()),
-        ("PATCH", "/api/v1/nodes/n1/status", MERGE, r#"{"status":{"capacity":{"cpu":"99"}}}"#.to_owned()),
+        ("PATCH", N1_STATUS, MERGE, r#"{"metadata":{"finalizers":["example.org/x"]}}"#.to_owned()),
+        ("PATCH", N1_STATUS, MERGE, r#"{"status":{"capacity":{"cpu":"99"}}}"#.to_owned()),
         (
             "PATCH",
-            "/api/v1/nodes/n1/status",
+            N1_STATUS,
             STRATEGIC,
             r#"{"status":{"conditions":[{"type":"Ready","status":"False"}]}}"#.to_owned(),
         ),
@@ -88,7 +92,7 @@ fn denied() -> Vec<(&'static str, &'static str, &'static str, String)> {
         "kubernetes.io/hostname",
         "node-role.kubernetes.io/control-plane",
     ] {
-        attempts.push(("PATCH", N1, MERGE, metadata("labels", key, r#""7""#)));
+        attempts.push(("PATCH", N1_STATUS, MERGE, metadata("labels", key, r#""7""#)));
     }
     for key in [
         "flannel-migration/grant",
@@ -98,9 +102,9 @@ fn denied() -> Vec<(&'static str, &'static str, &'static str, String)> {
         "flannel-migration/strategy",
         "projectcalico.org/IPv4Address",
     ] {
-        attempts.push(("PATCH", N1, MERGE, metadata("annotations", key, r#""7""#)));
+        attempts.push(("PATCH", N1_STATUS, MERGE, metadata("annotations", key, r#""7""#)));
     }
-    attempts.push(("PATCH", N1, MERGE, metadata("labels", "kubernetes.io/hostname", "null")));
+    attempts.push(("PATCH", N1_STATUS, MERGE, metadata("labels", "kubernetes.io/hostname", "null")));
     // What isn't its own: pods, leases, addresses, configuration, secrets.
     for path in [
         "/api/v1/namespaces/kube-system/secrets",
@@ -144,7 +148,7 @@ pub fn expect_confined(bed: &Bed) {
         }
         // Its own key, as it is: allowed, so that the others weren't refused for something else.
         let own = metadata("labels", "flannel-migration/state", r#""calico""#);
-        let own = ("PATCH", "/api/v1/nodes/n1", MERGE, own.as_str());
+        let own = ("PATCH", "/api/v1/nodes/n1/status", MERGE, own.as_str());
         let (code, message) = attempt(&agent, own).await;
         assert_eq!(code, 200, "{message}");
         // The same account without a pod has no node.

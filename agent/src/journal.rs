@@ -1,5 +1,8 @@
 //! What the agent must not forget: the lease it works for, what the host was like before, and which changes were begun
 //! and done. Durable before the host is changed.
+//!
+//! Most changes are to the kernel alone, and end with it. How far they got is noted beside the journal without waiting for the disk: what
+//! was written outlives the agent, and need not outlive the kernel.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,6 +25,7 @@ use crate::steps::Op;
 /// Version of the file's form.
 const VERSION: u32 = 1;
 const NAME: &str = "journal.json";
+const NOTES: &str = "progress.json";
 
 /// A journal that can't be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +146,16 @@ pub struct Entry {
     /// Addresses that the node keeps for connections of its own.
     #[serde(default)]
     pub kept: Vec<IpAddr>,
+    /// How often the journal was written; notes beside it belong to one of these times.
+    #[serde(default)]
+    pub writes: u64,
+}
+
+/// How far operations got since the journal was written.
+#[derive(Debug, Serialize, Deserialize)]
+struct Notes {
+    writes: u64,
+    progress: Vec<(Op, Progress)>,
 }
 
 impl Entry {
@@ -196,6 +210,7 @@ impl Journal {
                 evict: Vec::new(),
                 baseline: Baseline::default(),
                 kept: Vec::new(),
+                writes: 0,
             },
             Some(text) => {
                 // The version decides how to read the rest.
@@ -211,7 +226,23 @@ impl Journal {
         if entry.node != node {
             return Err(Error::Node(name, entry.node));
         }
-        Ok(Self { directory: directory.to_owned(), entry })
+        let mut journal = Self { directory: directory.to_owned(), entry };
+        journal.read_notes()?;
+        Ok(journal)
+    }
+
+    fn read_notes(&mut self) -> Result<(), Error> {
+        let path = self.directory.join(NOTES);
+        let Some(text) = files::read(&path)? else { return Ok(()) };
+        match serde_json::from_str::<Notes>(&text) {
+            Ok(notes) if notes.writes == self.entry.writes => self.entry.progress = notes.progress,
+            // The journal was written after them.
+            Ok(_) => {}
+            // With the kernel that they are about, the disk may have lost them.
+            Err(_) if self.entry.boot != boot()? => {}
+            Err(error) => return Err(Error::Text(path.display().to_string(), error)),
+        }
+        Ok(())
     }
 
     /// The directory of the journal and of files taken away.
@@ -221,8 +252,9 @@ impl Journal {
     }
 
     /// Writes it durably.
-    pub fn write(&self) -> Result<(), Error> {
+    pub fn write(&mut self) -> Result<(), Error> {
         files::make_directory(&self.directory)?;
+        self.entry.writes += 1;
         let path = self.directory.join(NAME);
         let text = serde_json::to_vec(&self.entry)
             .map_err(|error| Error::Text(path.display().to_string(), error))?;
@@ -246,17 +278,43 @@ impl Journal {
         self.entry.progress.iter().find(|(other, _)| *other == op).map(|(_, progress)| *progress)
     }
 
-    /// Notes, durably, that an operation begins or is done.
+    /// Notes that an operation begins or is done, as durably as it is itself.
     pub fn note(&mut self, op: Op, progress: Progress) -> Result<(), Error> {
-        self.entry.progress.retain(|(other, _)| *other != op);
-        self.entry.progress.push((op, progress));
-        self.write()
+        self.set(op, progress);
+        self.keep(op.outlives_the_kernel())
     }
 
-    /// Notes, durably, that an operation was undone.
+    /// Notes at once that an operation is done and that the next begins, unless that is done already.
+    pub fn pass(&mut self, done: Op, next: Option<Op>) -> Result<(), Error> {
+        self.set(done, Progress::Done);
+        let next = next.filter(|next| self.progress(*next).is_none());
+        if let Some(next) = next {
+            self.set(next, Progress::Begun);
+        }
+        self.keep(done.outlives_the_kernel() || next.is_some_and(Op::outlives_the_kernel))
+    }
+
+    fn keep(&mut self, durably: bool) -> Result<(), Error> {
+        // Notes are about a journal that is there.
+        if durably || !self.exists() {
+            return self.write();
+        }
+        let path = self.directory.join(NOTES);
+        let notes = Notes { writes: self.entry.writes, progress: self.entry.progress.clone() };
+        let text =
+            serde_json::to_vec(&notes).map_err(|error| Error::Text(path.display().to_string(), error))?;
+        Ok(files::put(&path, &text, 0o600)?)
+    }
+
+    fn set(&mut self, op: Op, progress: Progress) {
+        self.entry.progress.retain(|(other, _)| *other != op);
+        self.entry.progress.push((op, progress));
+    }
+
+    /// Notes that an operation was undone, as durably as it is itself.
     pub fn forget(&mut self, op: Op) -> Result<(), Error> {
         self.entry.progress.retain(|(other, _)| *other != op);
-        self.write()
+        self.keep(op.outlives_the_kernel())
     }
 
     /// Removes the journal and all beside it: the last act of a migration.
@@ -265,9 +323,47 @@ impl Journal {
     }
 }
 
+/// What tells this boot of the kernel from others.
+pub fn boot() -> Result<String, Error> {
+    Ok(files::read(Path::new("/proc/sys/kernel/random/boot_id"))?.unwrap_or_default().trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn notes_hold_until_the_journal_is_written_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let read = || Journal::open(directory.path(), "n1").unwrap();
+        let mut journal = read();
+        journal.entry.boot = boot().unwrap();
+        journal.note(Op::SwapConfig, Progress::Begun).unwrap();
+        let durable = std::fs::read(directory.path().join(NAME)).unwrap();
+        journal.pass(Op::RenamePorts, Some(Op::PreparePods)).unwrap();
+        assert_eq!(std::fs::read(directory.path().join(NAME)).unwrap(), durable);
+        assert_eq!(read().entry.progress, journal.entry.progress);
+        journal.forget(Op::PreparePods).unwrap();
+        assert_eq!(read().progress(Op::PreparePods), None);
+
+        journal.enter(State::Verifying, "Switched", "").unwrap();
+        assert_eq!(read(), journal, "the journal tells all, and older notes nothing");
+        journal.forget(Op::SwapConfig).unwrap();
+        assert_eq!(read().entry.progress, [(Op::RenamePorts, Progress::Done)]);
+    }
+
+    #[test]
+    fn notes_that_a_power_cut_destroyed_are_those_of_a_kernel_that_is_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(directory.path(), "n1").unwrap();
+        journal.entry.boot = "another".into();
+        journal.note(Op::SwapConfig, Progress::Begun).unwrap();
+        std::fs::write(directory.path().join(NOTES), "").unwrap();
+        assert_eq!(Journal::open(directory.path(), "n1").unwrap(), journal);
+        journal.entry.boot = boot().unwrap();
+        journal.write().unwrap();
+        assert!(matches!(Journal::open(directory.path(), "n1"), Err(Error::Text(..))));
+    }
 
     #[test]
     fn what_was_written_is_read_again_and_only_by_its_node() {

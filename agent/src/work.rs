@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use crate::host::netlink::Socket;
 use crate::host::{cni, connections, files, iptables, links, netns, process, sysctl};
 use crate::inventory::{Inventory, Known};
-use crate::journal::{Captured, Journal};
+use crate::journal::{self, Captured, Journal};
 use crate::probe::{self, From, Kind, Probe};
 use crate::steps::{self, Error, Op, Site, bridge, capture, device};
 use crate::{calicos, guests};
@@ -150,9 +150,7 @@ pub fn switch(journal: &mut Journal, site: &Site, known: Option<&[Known]>) -> Re
         journal.write()?;
     }
     let started = Instant::now();
-    for op in Op::SWITCH {
-        steps::apply(journal, site, op)?;
-    }
+    steps::apply_all(journal, site, &Op::SWITCH)?;
     let pods = journal.entry.captured.as_ref().map_or(0, |captured| captured.pods.len());
     journal.entry.kept = journal.entry.captured.as_ref().map_or(Ok(Vec::new()), bridge::addresses)?;
     info!(step = "switch", pods, took_ms = started.elapsed().as_millis(), "switched");
@@ -201,9 +199,7 @@ pub fn undo(journal: &mut Journal, site: &Site, reason: &str, message: &str) -> 
 /// Removes what flannel left, and verifies; returns how many probes were lost. None: the node is Calico's. Else not yet; the journal says
 /// which.
 pub fn verify(journal: &mut Journal, site: &Site) -> Result<usize, Error> {
-    for op in Op::CLEAN {
-        steps::apply(journal, site, op)?;
-    }
+    steps::apply_all(journal, site, &Op::CLEAN)?;
     if let Some(captured) = &journal.entry.captured {
         let present = Socket::open().and_then(|mut socket| links::links(&mut socket))?;
         if !present.iter().any(|link| link.index == captured.device.link.index && link.name == device::CALICO)
@@ -290,8 +286,7 @@ pub fn sweep(site: &Site, config_dir: &Path) -> Result<(), Error> {
 
 /// After a reboot, what was changed in the kernel is gone by itself: only files can be undone, and Calico goes on by itself.
 pub fn after_boot(journal: &mut Journal, site: &Site) -> Result<(), Error> {
-    let boot =
-        files::read(Path::new("/proc/sys/kernel/random/boot_id"))?.unwrap_or_default().trim().to_owned();
+    let boot = journal::boot()?;
     if journal.entry.boot == boot {
         return Ok(());
     }
@@ -302,7 +297,7 @@ pub fn after_boot(journal: &mut Journal, site: &Site) -> Result<(), Error> {
     if first || journal.entry.progress.is_empty() {
         return Ok(());
     }
-    journal.entry.progress.retain(|(op, _)| matches!(op, Op::SwapConfig | Op::RemoveFiles));
+    journal.entry.progress.retain(|(op, _)| op.outlives_the_kernel());
     journal.write()?;
     // In `reverting` Calico's pod may have come back with the boot: that is waited for, as without one.
     if matches!(journal.entry.state, State::Switching | State::Stuck) {

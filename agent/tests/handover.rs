@@ -159,6 +159,21 @@ fn a_node_that_can_have_no_detour_changes_over_and_back_all_the_same() {
 }
 
 #[test]
+fn a_link_that_is_by_chance_in_the_group_of_those_that_go_stays() {
+    let world = World::new(1);
+    let node = world.node();
+    let mut journal = world.captured(true);
+    let site = world.site(true);
+    sh(&format!(
+        "ip -n {node} link add stays type bridge; ip -n {node} link set stays group {}",
+        bridge::GROUP
+    ));
+    switch(&world, &mut journal, &site);
+    let links = sh(&format!("ip -n {node} -o link"));
+    assert!(links.contains("stays") && !links.contains("cni0") && !links.contains("detour"), "{links}");
+}
+
+#[test]
 fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
     let world = World::new(3);
     let before = world.snapshot();

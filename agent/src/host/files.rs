@@ -44,6 +44,16 @@ pub fn mode(path: &Path) -> Result<u32, Error> {
 /// Replaces a file in one instant, durably. The temporary file is in the same directory (a rename across directories
 /// looks to a watcher like a mere creation, which containerd ignores) and hidden behind an extension no runtime loads.
 pub fn write(path: &Path, text: &[u8], mode: u32) -> Result<(), Error> {
+    replace(path, text, mode, true)?;
+    sync_directory(&parent(path))
+}
+
+/// Replaces a file in one instant for all who read it; the disk follows when it likes.
+pub fn put(path: &Path, text: &[u8], mode: u32) -> Result<(), Error> {
+    replace(path, text, mode, false)
+}
+
+fn replace(path: &Path, text: &[u8], mode: u32, durably: bool) -> Result<(), Error> {
     let directory = parent(path);
     let temporary = directory.join(format!(
         ".{}.flannel-migration",
@@ -59,9 +69,10 @@ pub fn write(path: &Path, text: &[u8], mode: u32) -> Result<(), Error> {
     // The mode given to open is subject to the umask, and ignored for a file that was left behind.
     file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed("chmod", &temporary))?;
     file.write_all(text).map_err(failed("write", &temporary))?;
-    file.sync_all().map_err(failed("fsync", &temporary))?;
-    fs::rename(&temporary, path).map_err(failed("rename a temporary file to", path))?;
-    sync_directory(&directory)
+    if durably {
+        file.sync_all().map_err(failed("fsync", &temporary))?;
+    }
+    fs::rename(&temporary, path).map_err(failed("rename a temporary file to", path))
 }
 
 /// Removes a file durably; it is no error when it isn't there.

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
-    LinkMessage, State,
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkInfo, LinkMessage, State,
 };
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -36,6 +36,9 @@ pub struct Link {
     /// Whether it is administratively up.
     #[serde(default)]
     pub up: bool,
+    /// The group it is in; not captured.
+    #[serde(skip)]
+    pub group: u32,
     /// The bridge it is a port of.
     #[serde(default)]
     pub master: Option<u32>,
@@ -82,8 +85,7 @@ pub fn mac_text(mac: &[u8]) -> String {
 
 /// All links of the socket's namespace.
 pub fn links(socket: &mut Socket) -> Result<Vec<Link>, Error> {
-    let found = socket.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(found
+    Ok(dump(socket)?
         .into_iter()
         .filter_map(|message| match message {
             RouteNetlinkMessage::NewLink(message) => Some(link(message)),
@@ -92,10 +94,16 @@ pub fn links(socket: &mut Socket) -> Result<Vec<Link>, Error> {
         .collect())
 }
 
+// Without the counters, which are the greater part of an answer.
+fn dump(socket: &mut Socket) -> Result<Vec<RouteNetlinkMessage>, Error> {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+    socket.dump(RouteNetlinkMessage::GetLink(message))
+}
+
 /// Whether a link sends. One that has just got its carrier drops all until the kernel's own work has seen to it.
 pub fn operates(socket: &mut Socket, index: u32) -> Result<bool, Error> {
-    let found = socket.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    Ok(found.iter().any(|message| match message {
+    Ok(dump(socket)?.iter().any(|message| match message {
         RouteNetlinkMessage::NewLink(message) => {
             message.header.index == index && message.attributes.contains(&LinkAttribute::OperState(State::Up))
         }
@@ -114,6 +122,7 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Address(mac) => link.mac = mac,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Group(group) => link.group = group,
             LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
             LinkAttribute::Link(index) => link.peer = Some(index),
             LinkAttribute::LinkInfo(infos) => {

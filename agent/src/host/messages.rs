@@ -3,11 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
-use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use rtnetlink::packet_core::{DefaultNla, Emitable as _, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use rtnetlink::packet_route::link::{InfoKind, LinkMessage};
+use rtnetlink::packet_route::link::{AfSpecInet, AfSpecUnspec, InfoKind, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use rtnetlink::packet_route::neighbour_table::{
+    NeighbourTableAttribute, NeighbourTableMessage, NeighbourTableParameter,
 };
 use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -19,6 +22,34 @@ use crate::host::saved::{EEXIST, ENOENT, ESRCH};
 
 const EADDRNOTAVAIL: i32 = nix::errno::Errno::EADDRNOTAVAIL as i32;
 const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
+const IFLA_INET_CONF: u16 = 1;
+const NESTED: u16 = 1 << 15;
+
+/// A kernel setting of a link for IPv4, by its number in a message (`include/uapi/linux/ip.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Conf {
+    /// Whether it forwards.
+    Forwarding = 1,
+    /// Whether it answers for others' addresses.
+    ProxyArp = 3,
+    /// How it checks where packets come from.
+    RpFilter = 8,
+    /// Whether it routes 127.0.0.0/8.
+    RouteLocalnet = 26,
+}
+
+impl Conf {
+    /// Its name in the file system.
+    #[must_use]
+    pub const fn key(self) -> &'static str {
+        match self {
+            Self::Forwarding => "forwarding",
+            Self::ProxyArp => "proxy_arp",
+            Self::RpFilter => "rp_filter",
+            Self::RouteLocalnet => "route_localnet",
+        }
+    }
+}
 
 fn set(what: String, link: LinkMessage) -> Request {
     Request { what, message: RouteNetlinkMessage::SetLink(link), flags: 0, accept: &[] }
@@ -56,6 +87,42 @@ pub fn mac(index: u32, mac: &[u8]) -> Request {
 #[must_use]
 pub fn mtu(index: u32, mtu: u32) -> Request {
     set(format!("give #{index} the MTU {mtu}"), link(index).mtu(mtu).build())
+}
+
+/// Changes settings of a link, as writing to their files would; of one that is gone, none.
+#[must_use]
+pub fn configure(index: u32, settings: &[(Conf, u32)]) -> Request {
+    let mut values = Vec::new();
+    for (conf, value) in settings {
+        let nla = DefaultNla::new(*conf as u16, value.to_ne_bytes().to_vec());
+        let mut bytes = vec![0; nla.buffer_len()];
+        nla.emit(&mut bytes);
+        values.extend(bytes);
+    }
+    let values = AfSpecInet::Other(DefaultNla::new(IFLA_INET_CONF | NESTED, values));
+    let mut message = link(index).build();
+    message.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet(vec![values])]));
+    Request { accept: &[ENODEV], ..set(format!("set #{index} up for its part"), message) }
+}
+
+/// Lets a link answer for others' addresses without a delay.
+#[must_use]
+pub fn answer_at_once(index: u32) -> Request {
+    let mut message = NeighbourTableMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.attributes = vec![
+        NeighbourTableAttribute::Name("arp_cache".into()),
+        NeighbourTableAttribute::Parms(vec![
+            NeighbourTableParameter::Ifindex(index),
+            NeighbourTableParameter::ProxyDelay(0),
+        ]),
+    ];
+    Request {
+        what: format!("let #{index} answer at once"),
+        message: RouteNetlinkMessage::SetNeighbourTable(message),
+        flags: 0,
+        accept: &[ENOENT],
+    }
 }
 
 /// Makes a pair of links, unless it is there.
@@ -155,6 +222,25 @@ pub fn delete(index: u32) -> Request {
         flags: 0,
         accept: &[ENODEV],
     }
+}
+
+/// Deletes links all at once, by way of a group that no other link is in: the kernel waits for each deletion until nobody uses what is
+/// deleted, and so waits once.
+#[must_use]
+pub fn delete_together(indices: &[u32], group: u32) -> Vec<Request> {
+    let grouped = |mut message: LinkMessage| {
+        message.attributes.push(LinkAttribute::Group(group));
+        message
+    };
+    let join = |index: &u32| set(format!("put #{index} into a group"), grouped(link(*index).build()));
+    let mut requests: Vec<Request> = indices.iter().map(join).collect();
+    requests.push(Request {
+        what: format!("delete the links {indices:?}"),
+        message: RouteNetlinkMessage::DelLink(grouped(LinkMessage::default())),
+        flags: 0,
+        accept: &[],
+    });
+    requests
 }
 
 fn route(what: String, message: RouteMessage) -> Request {

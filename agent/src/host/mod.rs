@@ -5,6 +5,7 @@ pub mod command;
 pub mod connections;
 pub mod facts;
 pub mod files;
+pub mod ingress;
 pub mod iptables;
 pub mod links;
 pub mod messages;

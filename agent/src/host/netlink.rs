@@ -121,12 +121,15 @@ impl Socket {
     pub fn batch(&mut self, requests: &[Request]) -> Result<Vec<Error>, Error> {
         let mut failures = Vec::new();
         for requests in requests.chunks(BATCH) {
-            let messages =
-                requests.iter().map(|request| (request.message.clone(), request.flags | NLM_F_ACK));
+            // The kernel works in order, and tells each failure: that the last is done is all that needs to be asked for.
+            let messages = (1..).zip(requests).map(|(number, request)| {
+                let asked = if number == requests.len() { NLM_F_ACK } else { 0 };
+                (request.message.clone(), request.flags | asked)
+            });
             let last = self.send(messages.collect())?;
             let first = last.wrapping_sub(u32::try_from(requests.len()).unwrap_or(0)).wrapping_add(1);
-            let mut answered = 0;
-            while answered < requests.len() {
+            let mut answered = false;
+            while !answered {
                 for message in self.receive()? {
                     let offset = message.header.sequence_number.wrapping_sub(first);
                     let Some(request) = usize::try_from(offset).ok().and_then(|offset| requests.get(offset))
@@ -134,7 +137,7 @@ impl Socket {
                         continue;
                     };
                     if let NetlinkPayload::Error(error) = message.payload {
-                        answered += 1;
+                        answered = message.header.sequence_number == last;
                         let number = error.raw_code().abs();
                         if number != 0 && !request.accept.contains(&number) {
                             failures

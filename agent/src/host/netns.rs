@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns};
 
+/// The kernel does one change at a time all the same; what is gained is the time in between.
+const MOST_THREADS: usize = 4;
+
 /// A namespace that couldn't be entered.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -16,7 +19,7 @@ pub enum Error {
     #[error("can't enter the network namespace {0}")]
     Enter(String, #[source] nix::errno::Errno),
     /// The thread that was to work there could not be started, or died.
-    #[error("the thread for the network namespace {0} failed")]
+    #[error("a thread for the network namespace failed: {0}")]
     Thread(String),
 }
 
@@ -31,6 +34,42 @@ pub fn run<T: Send>(netns: &Path, work: impl FnOnce() -> T + Send) -> Result<T, 
             .spawn_scoped(scope, move || setns(&file, CloneFlags::CLONE_NEWNET).map(|()| work()))
             .map_err(|_| Error::Thread(name()))?;
         thread.join().map_err(|_| Error::Thread(name()))?.map_err(|error| Error::Enter(name(), error))
+    })
+}
+
+/// Does `work` for each item inside its namespace; on a few threads, each of which goes from namespace to namespace. The first error is
+/// the result, though all of the other threads' work is done. An item without a namespace is passed over.
+pub fn each<I: Sync, E: From<Error> + Send>(
+    items: &[I],
+    netns: impl Fn(&I) -> Option<PathBuf> + Sync,
+    work: impl Fn(&I) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    let (netns, work) = (&netns, &work);
+    let go = move |items: &[I]| {
+        for item in items {
+            let Some(path) = netns(item) else { continue };
+            let name = || path.display().to_string();
+            let file = File::open(&path).map_err(|error| Error::Open(name(), error))?;
+            setns(&file, CloneFlags::CLONE_NEWNET).map_err(|error| Error::Enter(name(), error))?;
+            work(item)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let mut started = Vec::new();
+        let mut result = Ok(());
+        for items in items.chunks(items.len().div_ceil(threads).max(1)) {
+            match std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, move || go(items)) {
+                Ok(thread) => started.push(thread),
+                Err(error) => result = Err(Error::Thread(error.to_string()).into()),
+            }
+        }
+        for thread in started {
+            let done = thread.join().unwrap_or_else(|_| Err(Error::Thread("of some pods".into()).into()));
+            result = result.and(done);
+        }
+        result
     })
 }
 

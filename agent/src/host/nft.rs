@@ -53,14 +53,6 @@ pub fn delete(tables: &[Table]) -> Result<(), Error> {
     command::run("nft", &["-f", "-"], &format!("{}\n", lines.join("\n"))).map(drop)
 }
 
-/// Deletes a table, given as `FAMILY NAME`, if it is there.
-pub fn delete_if_there(table: &str) -> Result<(), Error> {
-    if is_there(&list()?, table) {
-        command::run("nft", &["-f", "-"], &format!("delete table {table}\n"))?;
-    }
-    Ok(())
-}
-
 /// Puts captured tables back in place of what is there of them.
 pub fn restore(tables: &[Table]) -> Result<(), Error> {
     if tables.is_empty() {

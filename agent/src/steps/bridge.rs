@@ -7,9 +7,11 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use crate::host::netlink::Socket;
 use crate::host::{links, messages};
 use crate::journal::Captured;
-use crate::steps::{Error, pods};
+use crate::steps::{Error, detour, pods};
 
 const LOOPBACK: &str = "lo";
+/// Group of the links that are deleted together, a number that nobody else uses ("flmg").
+pub const GROUP: u32 = 0x666c_6d67;
 
 /// The bridge's addresses: what connections from the node itself to its pods come from.
 pub fn addresses(captured: &Captured) -> Result<Vec<IpAddr>, Error> {
@@ -22,11 +24,14 @@ pub fn addresses(captured: &Captured) -> Result<Vec<IpAddr>, Error> {
     Ok(found)
 }
 
-/// Deletes the bridge. Its address, the pods' old gateway, becomes the loopback's, where no new connection comes from it.
+/// Deletes the bridge, and the detour with it, before Calico comes and looks at the node's links. The bridge's address, the pods' old
+/// gateway, becomes the loopback's, where no new connection comes from it.
 pub fn delete(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
+    detour::close()?;
     let mut socket = Socket::open()?;
     let present = links::links(&mut socket)?;
+    let mut gone = Vec::new();
     // By name alone the kernel would delete a link of any kind.
     let ours = |link: &&links::Link| link.index == bridge.link.index && link.kind == "bridge";
     if let Some(link) = present.iter().find(ours) {
@@ -44,9 +49,19 @@ pub fn delete(captured: &Captured) -> Result<(), Error> {
             ));
         }
         keep(&mut socket, &present, captured)?;
-        socket.apply(&[messages::delete(link.index)])?;
+        gone.push(link.index);
     }
-    Ok(())
+    gone.extend(detour::entrance(&present));
+    delete_links(&mut socket, &present, &gone)
+}
+
+fn delete_links(socket: &mut Socket, present: &[links::Link], gone: &[u32]) -> Result<(), Error> {
+    let free = present.iter().all(|link| link.group != GROUP || gone.contains(&link.index));
+    if gone.len() > 1 && free && socket.batch(&messages::delete_together(gone, GROUP))?.is_empty() {
+        return Ok(());
+    }
+    let requests: Vec<_> = gone.iter().map(|index| messages::delete(*index)).collect();
+    Ok(socket.apply(&requests)?)
 }
 
 // Before the bridge goes: there is no instant in which the address isn't the node's.
@@ -76,7 +91,7 @@ pub fn make(captured: &Captured) -> Result<(), Error> {
     if !links::links(&mut socket)?.iter().any(|link| link.index == bridge.link.index) {
         socket.apply(&[messages::bridge(&bridge.link)])?;
     }
-    pods::loosen(captured)?;
+    pods::loosen(&mut socket, captured)?;
     let mut requests = vec![messages::up(bridge.link.index)];
     for address in &bridge.addresses {
         requests.push(address.restore()?);

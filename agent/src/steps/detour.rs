@@ -7,29 +7,24 @@
 //! The kernel asks a link's ingress hook before it asks the bridge. A rule there forwards what pods send to a pair of links whose other
 //! end is the host's, which routes it: the bridge isn't asked. Rules come and go at once for all ports, and lose nothing.
 
-use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
-use crate::host::command::run;
 use crate::host::links::{self, Link};
+use crate::host::messages::Conf;
 use crate::host::netlink::Socket;
-use crate::host::sysctl::{self, Table};
-use crate::host::{messages, nft};
+use crate::host::{ingress, messages};
 use crate::steps::{Error, chain};
 
 // Calico never takes the node's own address from links of such names.
 const ENTRANCE: &str = "vethdetour0";
 const EXIT: &str = "vethdetour1";
-const TABLE: &str = "netdev flannel-migration";
+const TABLE: &str = "flannel-migration";
 /// IPv4's dummy address (RFC 7600): the kernel checks where packets come from only on a link that has an address, and drops all else.
 const EXIT_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
-/// Most links that one chain can have (`NFT_NETDEVICE_MAX`).
-const PER_CHAIN: usize = 256;
 /// The exit routes what comes from any pod; it is the way back for none, so that only a loose check can pass.
-const EXIT_SETTINGS: [(&str, &str); 2] = [("rp_filter", "2"), ("forwarding", "1")];
+const EXIT_SETTINGS: [(Conf, u32); 2] = [(Conf::RpFilter, 2), (Conf::Forwarding, 1)];
 
-/// Does work on the ports while what their pods send takes the detour. A host that can't have one (no `nft`, a kernel without its
-/// `fwd`) does the work all the same; the pods' senders then repeat the packets of that moment.
+/// Does work on the ports while what their pods send takes the detour. A host that can't have one (a kernel without nftables' `fwd`) does the work all the same; the pods' senders then repeat the packets of that moment.
 ///
 /// The detour's links stay: what is under way on them would be lost with them. [`remove`] takes them away later.
 pub fn around<T>(ports: &[String], bridge: &Link, work: impl FnOnce() -> T) -> T {
@@ -40,7 +35,7 @@ pub fn around<T>(ports: &[String], bridge: &Link, work: impl FnOnce() -> T) -> T
         );
     }
     let done = work();
-    if let Err(error) = nft::delete_if_there(TABLE) {
+    if let Err(error) = close() {
         tracing::warn!(error = chain(&error), "the detour isn't closed");
     }
     done
@@ -54,11 +49,9 @@ fn open(ports: &[String], bridge: &Link) -> Result<(), Error> {
     socket.apply(&[messages::pair(ENTRANCE, EXIT)])?;
     let (entrance, exit) = pair(&mut socket)?
         .ok_or_else(|| Error::Unfit("NoDetour", format!("{ENTRANCE} is another's link")))?;
-    for (key, value) in EXIT_SETTINGS {
-        sysctl::write(Table::Conf4, EXIT, key, value)?;
-    }
     // Pods send to the bridge's hardware address; with another, the exit would take it for somebody else's.
     socket.apply(&[
+        messages::configure(exit, &EXIT_SETTINGS),
         messages::mac(exit, &bridge.mac),
         messages::mtu(exit, bridge.mtu),
         messages::mtu(entrance, bridge.mtu),
@@ -67,53 +60,39 @@ fn open(ports: &[String], bridge: &Link) -> Result<(), Error> {
         messages::up(exit),
         messages::up(entrance),
     ])?;
-    run("nft", &["-f", "-"], &rules(ports))?;
-    Ok(())
-}
-
-/// The table, in place of one that a crash left.
-fn rules(ports: &[String]) -> String {
-    let mut text = format!("table {TABLE} {{}}\ndelete table {TABLE}\ntable {TABLE} {{\n");
-    for (number, ports) in ports.chunks(PER_CHAIN).enumerate() {
-        let ports: Vec<String> = ports.iter().map(|port| format!("\"{port}\"")).collect();
-        let _ = writeln!(
-            text,
-            "chain pods{number} {{ type filter hook ingress devices = {{ {} }} priority 0; policy accept; \
-             meta protocol {{ ip, ip6 }} fwd to \"{ENTRANCE}\"; }}",
-            ports.join(", ")
-        );
-    }
-    text + "}\n"
+    Ok(ingress::forward(TABLE, ports, entrance)?)
 }
 
 /// Takes the detour away, if it is there; also one that a crash left open.
 pub fn remove() -> Result<(), Error> {
-    nft::delete_if_there(TABLE)?;
+    close()?;
     let mut socket = Socket::open()?;
     let pair = pair(&mut socket)?;
     Ok(pair.map_or(Ok(()), |(entrance, _)| socket.apply(&[messages::delete(entrance)]))?)
 }
 
-// Indices of the entrance and the exit; `None` when they aren't there.
-fn pair(socket: &mut Socket) -> Result<Option<(u32, u32)>, Error> {
-    let all = links::links(socket)?;
-    let find = |name| all.iter().find(|link| link.name == name && link.kind == "veth");
-    let (entrance, exit) = (find(ENTRANCE), find(EXIT));
-    Ok(entrance
-        .zip(exit)
-        .filter(|(entrance, exit)| entrance.peer == Some(exit.index))
-        .map(|(entrance, exit)| (entrance.index, exit.index)))
+/// Closes it, also one that a crash left open; its links stay.
+pub fn close() -> Result<(), Error> {
+    ingress::delete(TABLE)?;
+    Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Index of the link whose deletion takes both away, among all that are there.
+#[must_use]
+pub fn entrance(all: &[Link]) -> Option<u32> {
+    ends(all).map(|(entrance, _)| entrance)
+}
 
-    #[test]
-    fn every_port_is_in_a_chain_that_the_kernel_takes() {
-        let ports: Vec<String> = (0..300).map(|number| format!("cali{number:011}")).collect();
-        let text = rules(&ports);
-        assert_eq!(text.matches("type filter hook ingress").count(), 2);
-        assert!(ports.iter().all(|port| text.contains(&format!("\"{port}\""))));
-    }
+fn pair(socket: &mut Socket) -> Result<Option<(u32, u32)>, Error> {
+    Ok(ends(&links::links(socket)?))
+}
+
+// Indices of the entrance and the exit; `None` when they aren't there.
+fn ends(all: &[Link]) -> Option<(u32, u32)> {
+    let find = |name| all.iter().find(|link| link.name == name && link.kind == "veth");
+    let (entrance, exit) = (find(ENTRANCE), find(EXIT));
+    entrance
+        .zip(exit)
+        .filter(|(entrance, exit)| entrance.peer == Some(exit.index))
+        .map(|(entrance, exit)| (entrance.index, exit.index))
 }

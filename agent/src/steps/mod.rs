@@ -56,6 +56,12 @@ impl Op {
     /// Operations of state `verifying`, in order, once Felix is ready.
     pub const CLEAN: [Self; 2] = [Self::RemoveRules, Self::RemoveFiles];
 
+    /// Whether it changes files, which a reboot leaves as they are; all else goes with the kernel.
+    #[must_use]
+    pub const fn outlives_the_kernel(self) -> bool {
+        matches!(self, Self::SwapConfig | Self::RemoveFiles)
+    }
+
     /// Name for logs and reports.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -149,16 +155,27 @@ impl Error {
 
 /// Does one operation, unless it is done: notes it, changes the host, notes that.
 pub fn apply(journal: &mut Journal, site: &Site, op: Op) -> Result<(), Error> {
-    if journal.progress(op) == Some(Progress::Done) {
-        return Ok(());
+    apply_before(journal, site, op, None)
+}
+
+/// The same, when `next` is done right after it: that it begins goes into the same note.
+pub fn apply_before(journal: &mut Journal, site: &Site, op: Op, next: Option<Op>) -> Result<(), Error> {
+    match journal.progress(op) {
+        Some(Progress::Done) => return Ok(()),
+        Some(Progress::Begun) => {}
+        None => journal.note(op, Progress::Begun)?,
     }
-    journal.note(op, Progress::Begun)?;
     let captured = journal.entry.captured.as_ref().ok_or(Error::NotCaptured)?;
     let started = std::time::Instant::now();
     change(journal, captured, site, op)?;
     tracing::info!(step = "apply", op = op.as_str(), took_us = started.elapsed().as_micros(), "done");
-    journal.note(op, Progress::Done)?;
-    Ok(())
+    Ok(journal.pass(op, next)?)
+}
+
+/// Does operations one after another.
+pub fn apply_all(journal: &mut Journal, site: &Site, ops: &[Op]) -> Result<(), Error> {
+    let next = ops.iter().skip(1).copied().map(Some).chain([None]);
+    ops.iter().zip(next).try_for_each(|(op, next)| apply_before(journal, site, *op, next))
 }
 
 // Canal's pods have Calico's links already.
@@ -178,8 +195,7 @@ fn change(journal: &Journal, captured: &Captured, site: &Site, op: Op) -> Result
         Op::PreparePods => pods::prepare(captured, site.rename_live),
         Op::RoutePods => pods::route(captured),
         Op::MovePods => pods::leave_bridge(captured, site.rename_live),
-        // Before Calico comes and looks at the node's links.
-        Op::DeleteBridge => bridge::delete(captured).and_then(|()| detour::remove()),
+        Op::DeleteBridge => bridge::delete(captured),
         Op::RemoveRules => rules::remove(journal, captured),
         Op::RemoveFiles => leftovers::take_away(journal, captured, site),
     }

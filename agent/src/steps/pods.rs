@@ -16,6 +16,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
+use crate::host::messages::Conf;
 use crate::host::netlink::{self, Request, Socket};
 use crate::host::netns;
 use crate::host::sysctl::{self, Table};
@@ -29,20 +30,15 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// How long a bridge may take to send, from its first port on.
 const OPERATING: Duration = Duration::from_secs(1);
 const EBUSY: i32 = nix::errno::Errno::EBUSY as i32;
-const STRICT_IS_CHANGED_TO_LOOSE: (Table, &str, &str) = (Table::Conf4, "rp_filter", "2");
+const LOOSE: (Conf, u32) = (Conf::RpFilter, 2);
 
-/// What is set on each host end: what Calico's plugin sets (`configureSysctls`), and loose reverse path checks while it moves.
-const HOST_END: [(Table, &str, &str); 5] = [
-    (Table::Conf4, "proxy_arp", "1"),
-    (Table::Conf4, "forwarding", "1"),
-    (Table::Conf4, "route_localnet", "1"),
-    (Table::Neigh4, "proxy_delay", "0"),
-    STRICT_IS_CHANGED_TO_LOOSE,
-];
+/// What is set on each host end: what Calico's plugin sets (`configureSysctls`), and loose reverse path checks while it moves. And none
+/// waits before it answers for others.
+const HOST_END: [(Conf, u32); 4] =
+    [(Conf::ProxyArp, 1), (Conf::Forwarding, 1), (Conf::RouteLocalnet, 1), LOOSE];
 
 /// What is set on the bridge while pods move: it answers for the gateway and for pods that have left.
-const BRIDGE: [(Table, &str, &str); 3] =
-    [(Table::Conf4, "proxy_arp", "1"), (Table::Neigh4, "proxy_delay", "0"), STRICT_IS_CHANGED_TO_LOOSE];
+const BRIDGE: [(Conf, u32); 2] = [(Conf::ProxyArp, 1), LOOSE];
 
 /// The present values of what will be set on a host end.
 pub fn host_end_settings(interface: &str) -> Result<Vec<Setting>, Error> {
@@ -54,35 +50,35 @@ pub fn bridge_settings(interface: &str) -> Result<Vec<Setting>, Error> {
     settings(interface, &BRIDGE)
 }
 
-fn settings(interface: &str, wanted: &[(Table, &str, &str)]) -> Result<Vec<Setting>, Error> {
-    wanted
-        .iter()
-        .map(|(table, key, _)| {
-            let value = sysctl::read(*table, interface, key)?;
-            Ok(Setting { table: *table, key: (*key).to_owned(), value })
+fn settings(interface: &str, wanted: &[(Conf, u32)]) -> Result<Vec<Setting>, Error> {
+    let files =
+        wanted.iter().map(|(conf, _)| (Table::Conf4, conf.key())).chain([(Table::Neigh4, "proxy_delay")]);
+    files
+        .map(|(table, key)| {
+            let value = sysctl::read(table, interface, key)?;
+            Ok(Setting { table, key: key.to_owned(), value })
         })
         .collect()
 }
 
 /// Sets what the bridge and the host ends need while pods are on their way, in either direction.
-pub fn loosen(captured: &Captured) -> Result<(), Error> {
+pub fn loosen(socket: &mut Socket, captured: &Captured) -> Result<(), Error> {
+    let mut requests = Vec::new();
     if let Some(bridge) = &captured.bridge {
-        for (table, key, value) in BRIDGE {
-            sysctl::write(table, &bridge.link.name, key, value)?;
-        }
+        requests.extend(configured(bridge.link.index, &BRIDGE));
     }
-    for (pod, name) in present(captured)? {
-        let (table, key, value) = STRICT_IS_CHANGED_TO_LOOSE;
-        sysctl::write(table, &name, key, value)?;
-        tracing::debug!(pod = pod.name(), "loose");
-    }
-    Ok(())
+    let present = present(socket, captured)?;
+    requests.extend(present.iter().map(|(pod, _)| messages::configure(pod.index, &[LOOSE])));
+    Ok(socket.apply(&requests)?)
+}
+
+fn configured(index: u32, settings: &[(Conf, u32)]) -> [Request; 2] {
+    [messages::configure(index, settings), messages::answer_at_once(index)]
 }
 
 // Pods whose host end is there, with its present name. A pod that was deleted meanwhile took its link along.
-fn present(captured: &Captured) -> Result<Vec<(&Pod, String)>, Error> {
-    let mut socket = Socket::open()?;
-    let links = links::links(&mut socket)?;
+fn present<'a>(socket: &mut Socket, captured: &'a Captured) -> Result<Vec<(&'a Pod, String)>, Error> {
+    let links = links::links(socket)?;
     let is = |link: &links::Link, pod: &Pod| {
         link.index == pod.index && link.kind == "veth" && (link.name == pod.veth || link.name == pod.cali)
     };
@@ -97,17 +93,12 @@ fn present(captured: &Captured) -> Result<Vec<(&Pod, String)>, Error> {
 pub fn prepare(captured: &Captured, live: bool) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
     let mut socket = Socket::open()?;
+    let present = present(&mut socket, captured)?;
     // Else the bridge would take the lowest address of its ports, and change its own when a port leaves.
-    socket.apply(&[messages::mac(bridge.link.index, &bridge.link.mac)])?;
-    let present = present(captured)?;
-    for (_, name) in &present {
-        for (table, key, value) in HOST_END {
-            sysctl::write(table, name, key, value)?;
-        }
-    }
-    loosen(captured)?;
-    let mut requests = Vec::new();
+    let mut requests = vec![messages::mac(bridge.link.index, &bridge.link.mac)];
+    requests.extend(configured(bridge.link.index, &BRIDGE));
     for (pod, _) in &present {
+        requests.extend(configured(pod.index, &HOST_END));
         requests.push(messages::mac(pod.index, &bridge.link.mac));
         requests.extend(neighbours(pod, pod.index));
     }
@@ -130,15 +121,18 @@ fn renamed(failures: Vec<netlink::Error>) -> Result<(), Error> {
 /// Step 1, undone.
 pub fn unprepare(captured: &Captured) -> Result<(), Error> {
     let mut socket = Socket::open()?;
-    let present = present(captured)?;
+    let present = present(&mut socket, captured)?;
+    let mut requests = Vec::new();
     for (pod, name) in &present {
         if *name != pod.veth {
             // It never left the bridge, so that this kernel renamed it live.
-            socket.apply(&[messages::rename(pod.index, &pod.veth)])?;
+            requests.push(messages::rename(pod.index, &pod.veth));
         }
-        let mut requests = vec![messages::mac(pod.index, &pod.mac)];
+        requests.push(messages::mac(pod.index, &pod.mac));
         requests.extend(pod.adopted.ip.iter().map(|ip| messages::delete_neighbour(*ip, pod.index)));
-        socket.apply(&requests)?;
+    }
+    socket.apply(&requests)?;
+    for (pod, _) in &present {
         for setting in &pod.settings {
             sysctl::write(setting.table, &pod.veth, &setting.key, &setting.value)?;
         }
@@ -185,28 +179,19 @@ fn neighbours(pod: &Pod, index: u32) -> impl Iterator<Item = Request> {
     pod.adopted.ip.iter().map(move |ip| messages::add_neighbour(*ip, &pod.inner_mac, index))
 }
 
-// The pod's namespace; `None` when the pod was deleted meanwhile.
-fn inside(pod: &Pod) -> Result<Option<Socket>, Error> {
-    let path = netns::host_path(&pod.netns);
-    if !path.exists() {
-        return Ok(None);
-    }
-    Ok(Some(Socket::open_in(&path)?))
+// Does it in each pod's namespace; a pod that was deleted meanwhile has none.
+fn inside(
+    captured: &Captured,
+    requests: impl Fn(&Pod) -> Result<Vec<Request>, Error> + Sync,
+) -> Result<(), Error> {
+    let namespace = |pod: &Pod| Some(netns::host_path(&pod.netns)).filter(|path| path.exists());
+    netns::each(&captured.pods, namespace, |pod| Ok(Socket::open()?.apply(&requests(pod)?)?))
 }
 
 /// Step 2. Pods send everything to their gateway.
 pub fn route(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
-    let mut sockets = Vec::new();
-    for pod in &captured.pods {
-        if let Some(socket) = inside(pod)? {
-            sockets.push((pod, socket));
-        }
-    }
-    for (pod, socket) in &mut sockets {
-        socket.apply(&route_requests(pod, &bridge.link.mac)?)?;
-    }
-    Ok(())
+    inside(captured, |pod| route_requests(pod, &bridge.link.mac))
 }
 
 fn route_requests(pod: &Pod, gateway_mac: &[u8]) -> Result<Vec<Request>, Error> {
@@ -240,8 +225,7 @@ fn by_gateway(pod: &Pod, with: bool) -> Result<Vec<crate::host::saved::Saved>, E
 /// Step 2, undone.
 pub fn unroute(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
-    for pod in &captured.pods {
-        let Some(mut socket) = inside(pod)? else { continue };
+    inside(captured, |pod| {
         let mut requests = Vec::new();
         if let Some(gateway) = pod.gateway {
             requests.push(messages::add_neighbour(gateway, &bridge.link.mac, pod.inner_index));
@@ -251,16 +235,15 @@ pub fn unroute(captured: &Captured) -> Result<(), Error> {
         }
         requests.push(messages::delete_on_link(GATEWAY, pod.inner_index));
         requests.push(messages::delete_neighbour(IpAddr::V4(GATEWAY), pod.inner_index));
-        socket.apply(&requests)?;
-    }
-    Ok(())
+        Ok(requests)
+    })
 }
 
 /// Step 3. Host ends leave the bridge.
 pub fn leave_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
     let mut socket = Socket::open()?;
-    let leaving = present(captured)?;
+    let leaving = present(&mut socket, captured)?;
     let mut requests = Vec::new();
     for (pod, _) in &leaving {
         requests.extend(host_routes(pod, messages::add_on_link));
@@ -269,21 +252,27 @@ pub fn leave_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     detour::around(&names(&leaving), &bridge.link, || socket.apply(&requests))?;
     rename(&mut socket, &leaving, |pod| &pod.cali, live)?;
     // Felix sets these as it wants them; until then, as strict as they were.
-    for (pod, name) in present(captured)? {
-        for setting in pod.settings.iter().filter(|setting| setting.key == "rp_filter") {
-            sysctl::write(setting.table, &name, &setting.key, &setting.value)?;
+    let mut strict = Vec::new();
+    for (pod, _) in &leaving {
+        for setting in pod.settings.iter().filter(|setting| setting.key == Conf::RpFilter.key()) {
+            let value = setting.value.parse().map_err(|_| {
+                let why = format!("rp_filter of {} was {:?}", pod.name(), setting.value);
+                Error::Unfit("CaptureUnreadable", why)
+            })?;
+            strict.push(messages::configure(pod.index, &[(Conf::RpFilter, value)]));
         }
     }
-    Ok(())
+    Ok(socket.apply(&strict)?)
 }
 
 /// Step 3, undone.
 pub fn join_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
-    loosen(captured)?;
     let mut socket = Socket::open()?;
-    rename(&mut socket, &present(captured)?, |pod| &pod.veth, live)?;
-    let joining = present(captured)?;
+    loosen(&mut socket, captured)?;
+    let present_before = present(&mut socket, captured)?;
+    rename(&mut socket, &present_before, |pod| &pod.veth, live)?;
+    let joining = present(&mut socket, captured)?;
     let (mut join, mut unroute) = (Vec::new(), Vec::new());
     for (pod, _) in &joining {
         join.push(messages::mac(pod.index, &bridge.link.mac));

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use flannel_migration_agent::steps::{Op, apply, undo};
+use flannel_migration_agent::steps::{Op, apply_before, undo};
 use serde::{Deserialize, Serialize};
 
 // The agent's tests have the node that is needed; what is measured is what is tested.
@@ -34,11 +34,14 @@ pub fn run(pods: &[u8], times: u32) -> Result<()> {
         for _ in 0..times {
             let began = Instant::now();
             let operations = world.inside(|| {
+                let next = Op::SWITCH.into_iter().skip(1).map(Some).chain([None]);
                 Op::SWITCH
                     .into_iter()
-                    .map(|op| {
+                    .zip(next)
+                    .map(|(op, next)| {
                         let began = Instant::now();
-                        apply(&mut journal, &site, op).with_context(|| format!("{} fails", op.as_str()))?;
+                        apply_before(&mut journal, &site, op, next)
+                            .with_context(|| format!("{} fails", op.as_str()))?;
                         Ok((op.as_str().to_owned(), milliseconds(began.elapsed())))
                     })
                     .collect::<Result<Vec<_>>>()

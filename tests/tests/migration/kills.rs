@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -67,8 +67,16 @@ fn progress(entry: &Value) -> Vec<(String, String)> {
     pairs.iter().map(|pair| (text(&pair[0]), text(&pair[1]))).collect()
 }
 
-fn read(path: &PathBuf) -> Value {
-    fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+/// The journal with the notes beside it that belong to it.
+fn read(path: &Path) -> Value {
+    let file = |path: &Path| -> Value {
+        fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+    };
+    let (mut entry, notes) = (file(path), file(&path.with_file_name("progress.json")));
+    if entry.is_object() && notes["writes"] == entry["writes"] {
+        entry["progress"] = notes["progress"].clone();
+    }
+    entry
 }
 
 /// The agent's process on a node.

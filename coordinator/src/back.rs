@@ -144,8 +144,7 @@ impl Steps {
         let (mut nodes, mut requests) = (self.nodes.changes(), self.requests.changes());
         loop {
             let cluster = self.requests.now();
-            let facts = self.nodes.all().into_iter().find(|facts| facts.name == node);
-            let asked = facts.and_then(|facts| asked(&facts.view, cluster));
+            let asked = self.nodes.get(node).and_then(|facts| asked(&facts.view, cluster));
             if matches!(asked, Some(Request::Abort | Request::Rollback)) {
                 return;
             }

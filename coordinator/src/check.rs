@@ -1,14 +1,15 @@
 //! Examines the cluster and changes nothing: what `preflight` does, and every run before it begins.
 
+use std::sync::Arc;
+
 use flannel_migration_protocol::{Field, Network, keys};
-use k8s_openapi::api::core::v1::Node;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
 
 use crate::api::{Error, Result, read};
 use crate::args::Options;
-use crate::cluster::NodeFacts;
+use crate::cluster::{Node, NodeFacts, Nodes};
 use crate::names;
 use crate::preflight::server::{self, Server};
 use crate::preflight::{AGENTS_MISSING, Finding, Severity, Verdict, examine};
@@ -32,7 +33,7 @@ const SELF: &str = "this process's account";
 pub async fn before_run(
     client: &Client,
     options: &Options,
-    nodes: &[NodeFacts],
+    nodes: &Nodes,
     lacking: &mut Vec<Right>,
 ) -> Result<Checked> {
     *lacking = rights::own_lacking(client, lacking).await?;
@@ -41,16 +42,16 @@ pub async fn before_run(
         ..Server::default()
     };
     if lacking.is_empty() {
-        known.refused = refused(client, nodes).await?;
+        known.refused = refused(client, &nodes.all()).await?;
     }
     examined(client, options, nodes, known).await
 }
 
 /// Looks for `preflight`: with fewer rights than a run has, and before the agents are there.
-pub async fn preflight(client: &Client, options: &Options, nodes: &[NodeFacts]) -> Result<Vec<Finding>> {
+pub async fn preflight(client: &Client, options: &Options, nodes: &Nodes) -> Result<Vec<Finding>> {
     let own = rights::own_lacking(client, &rights::of_preflight()).await?;
     let mut lacking: Vec<(String, Right)> = own.into_iter().map(|right| (SELF.to_owned(), right)).collect();
-    let agents = nodes.iter().any(|node| !node.view.state.is_absent());
+    let agents = nodes.all().iter().any(|node| !node.view.state.is_absent());
     if agents {
         let account = format!("service account {}/{}", options.namespace, names::APP);
         let needed = rights::of_coordinator();
@@ -76,12 +77,13 @@ pub async fn preflight(client: &Client, options: &Options, nodes: &[NodeFacts]) 
     Ok(findings)
 }
 
-async fn examined(client: &Client, options: &Options, nodes: &[NodeFacts], known: Server) -> Result<Checked> {
-    match survey(client, options, nodes).await {
+async fn examined(client: &Client, options: &Options, nodes: &Nodes, known: Server) -> Result<Checked> {
+    let (nodes, foreign) = (nodes.all(), nodes.foreign());
+    match survey(client, options, &nodes, &foreign).await {
         Ok(mut survey) => {
             survey.server.lacking = known.lacking;
             survey.server.refused = known.refused;
-            let (verdict, findings) = examine(&survey, &options.stated, options.policy.strategy, nodes);
+            let (verdict, findings) = examine(&survey, &options.stated, options.policy.strategy, &nodes);
             Ok(Checked { survey: Some(survey), verdict, findings })
         }
         Err(error) if error.is_forbidden() && !known.lacking.is_empty() => {
@@ -94,7 +96,7 @@ async fn examined(client: &Client, options: &Options, nodes: &[NodeFacts], known
 }
 
 /// Tries the first write of a migration without effect; what was tried, and why it was refused.
-async fn refused(client: &Client, nodes: &[NodeFacts]) -> Result<Option<(String, String)>> {
+async fn refused(client: &Client, nodes: &[Arc<NodeFacts>]) -> Result<Option<(String, String)>> {
     let Some(node) = nodes.iter().find(|node| matches!(node.view.network, Field::Absent)) else {
         return Ok(None);
     };

@@ -4,12 +4,11 @@
 use std::time::Duration;
 
 use flannel_migration_protocol::keys;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::batch::v1::{CronJob, Job};
-use k8s_openapi::api::core::v1::{
-    ConfigMap, Namespace, Node, PersistentVolumeClaim, Pod, Service, ServiceAccount,
-};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, PersistentVolumeClaim, Pod, Service, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kube::api::{Api, DeleteParams, ListParams};
 use kube::runtime::watcher;
@@ -21,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::api::{self, Error, Result, Writer, found, read};
 use crate::calico::ipam::Ipam;
-use crate::cluster::{NodeFacts, Nodes, Watched};
+use crate::cluster::{Node, Nodes, Watched};
 use crate::discover::Name;
 use crate::settings::Settings;
 use crate::{images, selectors};
@@ -30,6 +29,9 @@ use crate::{images, selectors};
 pub const FINISHING: &str = "flannel-migration/finishing";
 /// How long flannel's DaemonSet may take to be gone.
 const GONE_LIMIT: Duration = Duration::from_mins(5);
+
+/// How many nodes are cleaned at once.
+const CLEANED_AT_ONCE: usize = 8;
 
 /// How much longer than they may an agent may take to let an address go.
 const KEPT_MARGIN: Duration = Duration::from_mins(1);
@@ -92,9 +94,11 @@ pub async fn finish(writer: &Writer, nodes: &Nodes, record: &Record) -> Result<(
     selectors::free_calico(writer, &record.calico()).await?;
     flannel(writer, record).await?;
     let_go(writer, nodes, record).await?;
-    for node in nodes.all() {
-        clean(writer, &node.name, record).await?;
-    }
+    let all = nodes.all();
+    stream::iter(all.iter().map(|node| clean(writer, &node.name, record)))
+        .buffer_unordered(CLEANED_AT_ONCE)
+        .try_collect::<()>()
+        .await?;
     namespace(writer, record).await?;
     note(writer, record, None).await?;
     info!(step = "finish", "flannel is gone, and so is what the migration needed");
@@ -220,24 +224,29 @@ fn is_only_for(binding: &ClusterRoleBinding, namespace: &str, account: &str) -> 
 
 /// What is removed from a node: flannel's annotations and all keys of the migration but its administrator's. By now no agent has
 /// anything to say any more, so that its keys go too.
-fn leftovers(node: &NodeFacts, labels: impl Iterator<Item = String>, prefix: &str) -> Value {
+fn leftovers<'a>(
+    labels: impl Iterator<Item = &'a String>,
+    annotations: impl Iterator<Item = &'a String>,
+    prefix: &str,
+) -> Value {
     let flannels = format!("{prefix}/");
     let ours = |key: &str| {
         keys::KEYS.iter().any(|known| {
             known.name == key && known.writer != flannel_migration_protocol::Writer::Administrator
         })
     };
-    let gone = |all: &mut dyn Iterator<Item = String>| -> Map<String, Value> {
-        all.filter(|key| ours(key) || key.starts_with(&flannels)).map(|key| (key, Value::Null)).collect()
+    let gone = |all: &mut dyn Iterator<Item = &'a String>| -> Map<String, Value> {
+        let gone = all.filter(|key| ours(key) || key.starts_with(&flannels));
+        gone.map(|key| (key.clone(), Value::Null)).collect()
     };
-    json!({ "labels": gone(&mut labels.into_iter()), "annotations": gone(&mut node.annotations.keys().cloned()) })
+    json!({ "labels": gone(&mut labels.into_iter()), "annotations": gone(&mut annotations.into_iter()) })
 }
 
 async fn clean(writer: &Writer, node: &str, record: &Record) -> Result<()> {
     let nodes: Api<Node> = Api::all(writer.client.clone());
     let what = format!("clean node {node}");
     let Some(now) = found(read(what.as_str(), nodes.get(node)).await)? else { return Ok(()) };
-    let patch = leftovers(&NodeFacts::from(&now), now.labels().keys().cloned(), &record.annotation_prefix);
+    let patch = leftovers(now.labels().keys(), now.annotations().keys(), &record.annotation_prefix);
     let nothing = |part: &str| patch.get(part).and_then(Value::as_object).is_none_or(Map::is_empty);
     if nothing("labels") && nothing("annotations") {
         return Ok(());
@@ -327,15 +336,11 @@ mod tests {
 
     #[test]
     fn a_node_keeps_what_is_neither_flannels_nor_ours() {
-        let mut node = NodeFacts::default();
-        for key in
-            ["f.example/public-ip", "projectcalico.org/IPv4Address", keys::REPORT, keys::STRATEGY, "mine"]
-        {
-            node.annotations.insert(key.into(), String::new());
-        }
-        let labels =
-            [keys::NETWORK, keys::STATE, keys::PAUSE, "kubernetes.io/os"].into_iter().map(str::to_owned);
-        let patch = leftovers(&node, labels, "f.example");
+        let annotations =
+            ["f.example/public-ip", "projectcalico.org/IPv4Address", keys::REPORT, keys::STRATEGY, "mine"];
+        let labels = [keys::NETWORK, keys::STATE, keys::PAUSE, "kubernetes.io/os"];
+        let (labels, annotations) = (labels.map(str::to_owned), annotations.map(str::to_owned));
+        let patch = leftovers(labels.iter(), annotations.iter(), "f.example");
         assert_eq!(patch["labels"], json!({ keys::NETWORK: null, keys::STATE: null }));
         assert_eq!(patch["annotations"], json!({ "f.example/public-ip": null, keys::REPORT: null }));
     }

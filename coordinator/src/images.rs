@@ -5,16 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStatus, Node, Pod, PodSpec, PodStatus};
+use kube::Client;
 use kube::api::{Api, DeleteParams};
 use kube::runtime::watcher;
+use serde::Deserialize;
 use serde_json::json;
 use tracing::{info, warn};
 
 use crate::api::{self, Writer, found, post};
 use crate::cluster::Watched;
 use crate::discover::CalicoDaemon;
-use crate::names;
+use crate::{names, pages};
 
 /// Why the images aren't everywhere.
 #[derive(Debug, thiserror::Error)]
@@ -47,17 +49,55 @@ impl Error {
     }
 }
 
-/// Nodes whose kubelet doesn't report all the images.
-#[must_use]
-pub fn without<'a>(
+/// The images that a kubelet reports. It reports only some (50 by default): an image that isn't listed may be there.
+#[derive(Deserialize)]
+struct Reported {
+    metadata: Named,
+    #[serde(default)]
+    status: Images,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Images {
+    images: Option<Vec<Names>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Names {
+    names: Option<Vec<String>>,
+}
+
+impl Reported {
+    /// Whether all the images are there, by their full names.
+    fn has(&self, images: &[String]) -> bool {
+        let there = || self.status.images.iter().flatten().flat_map(|image| image.names.iter().flatten());
+        images.iter().all(|image| there().any(|name| name == image))
+    }
+}
+
+/// Those of `nodes` whose kubelet doesn't report all the images.
+async fn without(
+    client: &Client,
     images: &[String],
-    reported: &'a BTreeMap<String, BTreeSet<String>>,
-    nodes: &'a [String],
-) -> Vec<&'a String> {
-    let has = |node: &String| {
-        reported.get(node).is_some_and(|there| images.iter().all(|image| there.contains(&full_name(image))))
+    nodes: &[String],
+) -> Result<BTreeSet<String>, api::Error> {
+    let full: Vec<String> = images.iter().map(|image| full_name(image)).collect();
+    let mut without: BTreeSet<String> = nodes.iter().cloned().collect();
+    // Read when they are asked for, and not kept: they are most of what there is of a node.
+    let take = |node: Reported| {
+        if node.has(&full) {
+            without.remove(&node.metadata.name);
+        }
     };
-    nodes.iter().filter(|node| !has(node)).collect()
+    pages::each::<Node, _>(client, "list the images on nodes", take).await?;
+    Ok(without)
 }
 
 /// An image's name as kubelets report it: with registry and tag.
@@ -158,15 +198,26 @@ fn puller(calico: &CalicoDaemon, of: &DaemonSet) -> Result<DaemonSet, serde_json
     }))
 }
 
+/// Leaves of a puller's pod what is looked at: there is one on each node.
+fn trim(pod: &mut Pod) {
+    let node_name = pod.spec.take().and_then(|spec| spec.node_name);
+    pod.spec = Some(PodSpec { node_name, ..PodSpec::default() });
+    let container_statuses = pod.status.take().and_then(|status| status.container_statuses);
+    pod.status = Some(PodStatus { container_statuses, ..PodStatus::default() });
+}
+
 /// Has Calico's images pulled on these nodes; at once when the kubelets report them.
 pub async fn pull(
     writer: &Writer,
     calico: &CalicoDaemon,
     nodes: &[String],
-    reported: &BTreeMap<String, BTreeSet<String>>,
     limit: Duration,
 ) -> Result<(), Error> {
-    let absent = without(&calico.images, reported, nodes);
+    let absent = if nodes.is_empty() {
+        BTreeSet::new()
+    } else {
+        without(&writer.client, &calico.images, nodes).await?
+    };
     if absent.is_empty() {
         info!(step = "images", images = calico.images.len(), "Calico's images are on all nodes");
         return Ok(());
@@ -186,10 +237,13 @@ pub async fn pull(
         _ => {}
     }
     let config = watcher::Config::default().labels(&format!("{}={}", names::APP_LABEL, names::PULLER));
-    let pods: Watched<Pod> =
-        Watched::new("pods that pull images", Api::namespaced(writer.client.clone(), namespace), config)
-            .await?;
-    let absent: BTreeSet<String> = absent.into_iter().cloned().collect();
+    let pods: Watched<Pod> = Watched::trimmed(
+        "pods that pull images",
+        Api::namespaced(writer.client.clone(), namespace),
+        config,
+        trim,
+    )
+    .await?;
     let left = |seen: &[std::sync::Arc<Pod>]| -> BTreeMap<String, String> {
         let mut left: BTreeMap<String, String> =
             absent.iter().map(|node| (node.clone(), "no pod yet".to_owned())).collect();
@@ -250,14 +304,16 @@ mod tests {
 
     #[test]
     fn only_nodes_that_report_all_images_need_no_pull() {
-        let nodes = ["a".to_owned(), "b".to_owned(), "c".to_owned()];
-        let there = |images: &[&str]| images.iter().map(|image| (*image).to_owned()).collect();
-        let reported = BTreeMap::from([
-            ("a".to_owned(), there(&["docker.io/calico/node:1", "docker.io/calico/cni:1"])),
-            ("b".to_owned(), there(&["docker.io/calico/node:1"])),
-        ]);
-        let images = ["calico/node:1".to_owned(), "docker.io/calico/cni:1".to_owned()];
-        assert_eq!(without(&images, &reported, &nodes), ["b", "c"]);
+        let images = ["calico/node:1", "docker.io/calico/cni:1"].map(full_name);
+        let has = |status: &str| {
+            let text = format!(r#"{{"metadata":{{"name":"a","uid":"u"}},"status":{status}}}"#);
+            serde_json::from_str::<Reported>(&text).unwrap().has(&images)
+        };
+        let node = r#"{"names":["docker.io/calico/node@sha256:00","docker.io/calico/node:1"],"sizeBytes":1}"#;
+        let cni = r#"{"names":["docker.io/calico/cni:1"],"sizeBytes":1}"#;
+        assert!(has(&format!(r#"{{"images":[{node},{cni}],"nodeInfo":{{}}}}"#)));
+        assert!(!has(&format!(r#"{{"images":[{node}]}}"#)));
+        assert!(!has("{}") && !has(r#"{"images":null}"#) && !has(r#"{"images":[{"names":null}]}"#));
     }
 
     fn status(yaml: &str) -> Pod {

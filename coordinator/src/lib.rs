@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod names;
 pub mod node;
 pub mod origin;
+pub mod pages;
 pub mod patch;
 pub mod plan;
 pub mod preflight;

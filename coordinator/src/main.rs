@@ -77,7 +77,7 @@ async fn command(cli: &Cli) -> Result<ExitCode, (u8, String)> {
 
 async fn preflight(options: &Options, output: Output) -> api::Result<ExitCode> {
     let client = api::client().await?;
-    let nodes = Nodes::watch(client.clone()).await?.all();
+    let nodes = Nodes::watch(client.clone()).await?;
     let findings = check::preflight(&client, options, &nodes).await?;
     let in_the_way = findings.iter().any(|finding| finding.severity != Severity::Warning);
     let row = |finding: &Finding| {

@@ -3,18 +3,18 @@
 use std::time::Duration;
 
 use flannel_migration_protocol::{Epoch, Goal, Grant, Network, State, Strategy};
-use k8s_openapi::api::core::v1::Node;
 use kube::api::Api;
 use kube::runtime::events::EventType;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
 use crate::api::{self, CONFLICT_RETRIES, Writer, found, read};
 use crate::args::Policy;
-use crate::calico::{canal, ipam, names, prepare};
-use crate::cluster::{NodeFacts, Nodes};
+use crate::calico::stock::Stock;
+use crate::calico::{announced, canal, ipam, names, prepare};
+use crate::cluster::{Node, NodeFacts, Nodes};
 use crate::drain;
-use crate::patch::{self, failure, labelled};
+use crate::patch::{self, failure};
 use crate::plan::Step;
 use crate::requests::Requests;
 use crate::settings::Settings;
@@ -123,33 +123,28 @@ impl Steps {
     }
 
     async fn enrol(&self, node: &str) -> Result<(), Error> {
-        let Some(facts) = self.nodes.all().into_iter().find(|facts| facts.name == node) else {
-            return Ok(());
-        };
+        let Some(facts) = self.nodes.get(node) else { return Ok(()) };
         let Some(network) = self.settings.network() else { return Ok(()) };
         let prefix = &self.settings.flannel.annotation_prefix;
         // flannel's selector keeps it off nodes without label: whoever has no annotations now will never have any.
-        let (flannel, label) = match prepare::flannel_node(&facts, prefix, network) {
-            Ok(flannel) => (flannel, Network::Flannel),
-            Err(_) => (self.join(&facts, network).await?, Network::Calico),
+        let (flannel, label, more) = if let Ok(flannel) = announced::flannel_node(&facts, prefix, network) {
+            (flannel, Network::Flannel, Map::new())
+        } else {
+            // A node that joined in mid-run never had flannel. So that the nodes that flannel still runs on reach it, it is announced to
+            // them in flannel's own words.
+            let joined = announced::joined_node(&facts, network).map_err(prepare::Error::Contradiction)?;
+            let words = announced::flannel_annotations(&joined, &self.settings);
+            (joined, Network::Calico, words)
         };
-        prepare::node(&self.writer, &facts, &flannel, self.block_size).await?;
-        self.swap(node, "label the node", |now| now.view.network.is_absent().then(|| labelled(label)))
-            .await?;
-        info!(node, step = "enrol", network = %label, "node joined the migration");
-        Ok(())
-    }
-
-    /// A node that joined in mid-run never had flannel. So that the nodes that flannel still runs on reach it, it is announced to
-    /// them in flannel's own words.
-    async fn join(&self, facts: &NodeFacts, network: ipnet::IpNet) -> Result<prepare::FlannelNode, Error> {
-        let node = prepare::joined_node(facts, network).map_err(prepare::Error::Contradiction)?;
-        let annotations = prepare::flannel_annotations(&node, &self.settings);
-        self.swap(&facts.name, "announce the node to flannel", |_| {
-            Some(json!({ "metadata": { "annotations": annotations } }))
+        // What there is of one node is looked at as it is now.
+        prepare::blocks(&self.writer, node, &flannel, self.block_size, &Stock::default()).await?;
+        self.swap(node, "label the node", |now| {
+            let unlabelled = now.view.network.is_absent();
+            unlabelled.then(|| announced::patch(now, &flannel, Some(label), more.clone())).flatten()
         })
         .await?;
-        Ok(node)
+        info!(node, step = "enrol", network = %label, "node joined the migration");
+        Ok(())
     }
 
     async fn relabel(&self, node: &str, network: Network) -> Result<(), Error> {
@@ -271,8 +266,8 @@ impl Steps {
             )));
         };
         let (ipam, blocks) = (ipam::Ipam::new(self.writer.clone()), self.blocks(&facts));
-        ipam.adopt(node, &blocks, adopted).await?;
-        ipam.keep(node, &blocks, facts.view.kept.get().map_or(&[][..], Vec::as_slice)).await?;
+        let kept = facts.view.kept.get().map_or(&[][..], Vec::as_slice);
+        ipam.register(node, &blocks, adopted, kept).await?;
         if self.settings.flannel.canal {
             canal::release(&self.writer, node).await?;
         }

@@ -2,7 +2,6 @@
 //! Each step looks first, so that it can be repeated at any point. The agents' keys stay the agents'.
 
 use flannel_migration_protocol::keys;
-use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams};
 use serde_json::{Map, Value, json};
@@ -11,6 +10,7 @@ use tracing::info;
 use crate::api::{Result, Writer, found, read};
 use crate::calico::types::{FelixConfiguration, IPPool, IpPoolSpec};
 use crate::calico::{ipam, names, prepare};
+use crate::cluster::Node;
 use crate::node::{Error, Steps};
 use crate::{images, selectors};
 
@@ -34,8 +34,8 @@ pub async fn restore(steps: &Steps, pool: &IpPoolSpec) -> Result<(), Error> {
     calico(steps, pool).await?;
     let ipam = ipam::Ipam::new(writer.clone());
     // Last, and each node's label after its blocks: by the labels a coordinator that comes back knows that this isn't over.
-    for node in steps.nodes.all() {
-        let blocks = steps.blocks(&node);
+    for node in steps.nodes.all().iter() {
+        let blocks = steps.blocks(node);
         ipam.release_pods(&node.name, &blocks).await?;
         for block in &blocks {
             ipam.disclaim(&node.name, block).await?;

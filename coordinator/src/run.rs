@@ -1,23 +1,22 @@
 //! The Job: leads, examines, prepares, rolls, finishes; nothing is remembered but in the cluster.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use flannel_migration_protocol::{Network, State, keys};
+use flannel_migration_protocol::{Network, State};
 use flannel_migration_telemetry::{Probes, serve};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use k8s_openapi::api::core::v1::Node;
 use kube::Client;
-use kube::api::Api;
 use prometheus_client::registry::Registry;
-use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::api::{self, Writer};
 use crate::args::Options;
+use crate::calico::stock::Stock;
 use crate::calico::types::IpPoolSpec;
-use crate::calico::{canal, prepare};
+use crate::calico::{announced, canal, prepare};
 use crate::cluster::{NodeFacts, Nodes};
 use crate::finish::{self, Record};
 use crate::leader::Candidate;
@@ -216,7 +215,7 @@ async fn stop(writer: &Writer, requests: &Requests, why: &'static str) -> Result
 }
 
 /// Length of Calico's blocks, and the pool that flannel's network becomes.
-fn layout(nodes: &[NodeFacts], settings: &Settings) -> Result<(u8, IpPoolSpec), Error> {
+fn layout(nodes: &[Arc<NodeFacts>], settings: &Settings) -> Result<(u8, IpPoolSpec), Error> {
     let network = settings.network().ok_or_else(|| api::Error::Unexpected {
         what: "prepare the cluster".to_owned(),
         why: "flannel's network isn't known".to_owned(),
@@ -251,7 +250,7 @@ async fn admitted(
     loop {
         let all = nodes.all();
         let check::Checked { survey, verdict, findings } =
-            check::before_run(client, options, &all, &mut lacking).await?;
+            check::before_run(client, options, nodes, &mut lacking).await?;
         for finding in findings.iter().filter(|finding| !told.contains(finding)) {
             warn!(
                 step = "preflight",
@@ -306,7 +305,7 @@ async fn prepared(
     let writer = stage.writer;
     let all = nodes.all();
     let Some(network) = settings.network() else { return Ok(()) };
-    let untouched: Vec<&NodeFacts> = all.iter().filter(|node| is_untouched(node)).collect();
+    let untouched: Vec<&Arc<NodeFacts>> = all.iter().filter(|node| is_untouched(node)).collect();
     if settings.flannel.canal {
         for node in &untouched {
             canal::hold(writer, &node.name).await?;
@@ -317,10 +316,13 @@ async fn prepared(
     }
     prepare::cluster(writer, settings, pool, calico_in_use(&all)).await?;
 
+    let stock = if untouched.is_empty() { Stock::default() } else { Stock::read(&writer.client).await? };
     stream::iter(untouched.iter().map(|node| async {
-        let flannel = prepare::flannel_node(node, &settings.flannel.annotation_prefix, network)
+        let flannel = announced::flannel_node(node, &settings.flannel.annotation_prefix, network)
             .map_err(prepare::Error::Contradiction)?;
-        prepare::node(writer, node, &flannel, block_size).await?;
+        if let Some(written) = prepare::node(writer, node, &flannel, block_size, &stock).await? {
+            nodes.wrote(written);
+        }
         Ok::<(), Error>(())
     }))
     .buffer_unordered(PREPARED_AT_ONCE)
@@ -328,13 +330,7 @@ async fn prepared(
     .await?;
 
     let names: Vec<String> = untouched.iter().map(|node| node.name.clone()).collect();
-    images::pull(writer, &settings.calico, &names, &nodes.images(), options.policy.image_timeout).await?;
-
-    stream::iter(untouched.iter().filter(|node| node.view.network.is_absent()))
-        .map(|node| label(writer, nodes, &node.name))
-        .buffer_unordered(PREPARED_AT_ONCE)
-        .try_collect::<()>()
-        .await?;
+    images::pull(writer, &settings.calico, &names, options.policy.image_timeout).await?;
     selectors::tie_flannel(writer, &settings.flannel.daemon_set).await?;
     info!(step = "prepare", nodes = all.len(), untouched = untouched.len(), "the cluster is prepared");
     Ok(())
@@ -344,15 +340,4 @@ async fn prepared(
 fn is_untouched(node: &NodeFacts) -> bool {
     matches!(node.view.network.get(), None | Some(Network::Flannel))
         && matches!(node.view.state.get(), None | Some(State::Flannel | State::Preparing | State::Prepared))
-}
-
-async fn label(writer: &Writer, nodes: &Nodes, node: &str) -> Result<(), api::Error> {
-    let api: Api<Node> = Api::all(writer.client.clone());
-    // No precondition: nobody else writes this key, and it isn't there yet.
-    let patch = json!({ "metadata": { "labels": { keys::NETWORK: Network::Flannel.as_str() } } });
-    let labelled = api::found(writer.merge(format!("label node {node}"), &api, node, &patch).await)?;
-    if let Some(labelled) = labelled {
-        nodes.wrote(NodeFacts::from(&labelled));
-    }
-    Ok(())
 }

@@ -1,6 +1,7 @@
 //! Reads the cluster: what is detected of flannel and Calico, without changing anything.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Strategy, keys};
@@ -10,6 +11,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{Api, ListParams};
 use kube::{Client, ResourceExt as _};
+use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 use tracing::debug;
 
@@ -20,8 +22,9 @@ use crate::calico::types::{FelixConfiguration, IPAMBlock, IPPool};
 use crate::cluster::NodeFacts;
 use crate::discover::{self, FlannelDaemon, NetConf, VXLAN_VNI};
 use crate::finish::Record;
+use crate::pages;
 use crate::preflight::calico::Datastore;
-use crate::preflight::drain::Workloads;
+use crate::preflight::drain::{self, Workloads};
 use crate::preflight::nodes::host;
 use crate::preflight::server::Server;
 use crate::settings::{self, Detected};
@@ -58,10 +61,17 @@ pub struct Survey {
 }
 
 /// Reads everything. An API server that has just learned of Calico's resources asks for patience at first (429).
-pub async fn survey(client: &Client, options: &Options, nodes: &[NodeFacts]) -> Result<Survey> {
+///
+/// `foreign`: nodes in flannel's network that don't run Linux.
+pub async fn survey(
+    client: &Client,
+    options: &Options,
+    nodes: &[Arc<NodeFacts>],
+    foreign: &[String],
+) -> Result<Survey> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match read_all(client, options, nodes).await {
+        match read_all(client, options, nodes, foreign).await {
             Err(error) if error.too_many_requests().is_some() && Instant::now() < deadline => {
                 debug!(error = chain(&error), "asked to come back");
                 sleep(PAUSE).await;
@@ -71,7 +81,12 @@ pub async fn survey(client: &Client, options: &Options, nodes: &[NodeFacts]) -> 
     }
 }
 
-async fn read_all(client: &Client, options: &Options, nodes: &[NodeFacts]) -> Result<Survey> {
+async fn read_all(
+    client: &Client,
+    options: &Options,
+    nodes: &[Arc<NodeFacts>],
+    foreign: &[String],
+) -> Result<Survey> {
     let stated = &options.stated;
     let sets: Api<DaemonSet> = Api::all(client.clone());
     let sets = read("list DaemonSets", sets.list(&ListParams::default())).await?.items;
@@ -107,7 +122,7 @@ async fn read_all(client: &Client, options: &Options, nodes: &[NodeFacts]) -> Re
     let mtu = felix_mtu(&datastore, nodes)
         .or_else(|| smallest_mtu(nodes, vni))
         .or_else(|| device_mtu(Path::new("/sys/class/net"), vni));
-    let (windows, workloads) = nodes_and_pods(client, options, nodes).await?;
+    let workloads = workloads(client, options, nodes).await?;
     Ok(Survey {
         detected: Detected {
             mtu,
@@ -131,7 +146,7 @@ async fn read_all(client: &Client, options: &Options, nodes: &[NodeFacts]) -> Re
         addon_managed,
         datastore,
         server: server(client).await?,
-        windows,
+        windows: foreign.to_vec(),
         workloads,
     })
 }
@@ -197,23 +212,36 @@ async fn datastore(client: &Client) -> Result<Datastore> {
         let only_native = groups.iter().any(|group| group.name == "projectcalico.org");
         return Ok(Datastore { only_native, ..Datastore::default() });
     };
-    let blocks: Api<IPAMBlock> = Api::all(client.clone());
-    let blocks = found(read("list Calico's blocks", blocks.list(&ListParams::default())).await)?;
+    let mut blocks = Vec::new();
+    let take = |block: Block| {
+        if let Block { spec: BlockSpec { cidr, affinity, deleted: false } } = block {
+            blocks.extend(cidr.parse().ok().map(|cidr| (cidr, affinity)));
+        }
+    };
+    found(pages::each::<IPAMBlock, Block>(client, "list Calico's blocks", take).await)?;
     let felix: Api<FelixConfiguration> = Api::all(client.clone());
     let felix = found(read("read Felix's configuration", felix.get(names::FELIX)).await)?;
     Ok(Datastore {
         definitions: true,
         only_native: false,
         pools: pools.items.into_iter().map(|pool| (pool.name_any(), pool.spec)).collect(),
-        blocks: blocks
-            .map(|blocks| blocks.items)
-            .unwrap_or_default()
-            .into_iter()
-            .filter(|block| !block.spec.deleted)
-            .filter_map(|block| Some((block.spec.cidr.parse().ok()?, block.spec.affinity)))
-            .collect(),
+        blocks,
         felix: felix.map(|felix| felix.spec),
     })
+}
+
+/// A block, but for what is in it.
+#[derive(Deserialize)]
+struct Block {
+    spec: BlockSpec,
+}
+
+#[derive(Deserialize)]
+struct BlockSpec {
+    cidr: String,
+    affinity: Option<String>,
+    #[serde(default)]
+    deleted: bool,
 }
 
 async fn server(client: &Client) -> Result<Server> {
@@ -251,41 +279,30 @@ fn migrates(job: &Job) -> bool {
         })
 }
 
-/// Windows nodes in flannel's network, and what runs where if some node is to be drained.
-async fn nodes_and_pods(
-    client: &Client,
-    options: &Options,
-    known: &[NodeFacts],
-) -> Result<(Vec<String>, Workloads)> {
-    let nodes: Api<Node> = Api::all(client.clone());
-    let nodes = read("list nodes", nodes.list(&ListParams::default())).await?.items;
-    let windows = nodes
-        .iter()
-        .filter(|node| node.labels().get("kubernetes.io/os").is_some_and(|os| os == "windows"))
-        .filter(|node| node.annotations().keys().any(|key| key.ends_with("/kube-subnet-manager")))
-        .map(kube::ResourceExt::name_any)
-        .collect();
+/// What runs where, if some node is to be drained.
+async fn workloads(client: &Client, options: &Options, known: &[Arc<NodeFacts>]) -> Result<Workloads> {
     let drains = options.policy.strategy == Strategy::Drain
         || known.iter().any(|node| node.view.strategy.get() == Some(&Strategy::Drain));
     if !drains {
-        return Ok((windows, Workloads::default()));
+        return Ok(Workloads::default());
     }
-    let pods: Api<Pod> = Api::all(client.clone());
-    let pods = read("list pods", pods.list(&ListParams::default())).await?.items;
+    let (mut nodes, mut pods) = (Vec::new(), Vec::new());
+    pages::each::<Node, Node>(client, "list nodes", |node| nodes.push(drain::trimmed_node(node))).await?;
+    pages::each::<Pod, Pod>(client, "list pods", |pod| pods.push(drain::trimmed_pod(pod))).await?;
     let budgets: Api<PodDisruptionBudget> = Api::all(client.clone());
     let budgets = read("list PodDisruptionBudgets", budgets.list(&ListParams::default())).await?.items;
-    Ok((windows, Workloads { nodes, pods, budgets }))
+    Ok(Workloads { nodes, pods, budgets })
 }
 
 /// Once a node is migrated, what Felix uses there holds: this process's own node may have no flannel device any more.
-fn felix_mtu(datastore: &Datastore, nodes: &[NodeFacts]) -> Option<(u32, String)> {
+fn felix_mtu(datastore: &Datastore, nodes: &[Arc<NodeFacts>]) -> Option<(u32, String)> {
     let begun = nodes.iter().any(|node| node.view.network.get().is_some());
     let mtu = datastore.felix.as_ref().filter(|_| begun)?.vxlan_mtu.filter(|mtu| *mtu > 0)?;
     Some((mtu, "FelixConfiguration default".to_owned()))
 }
 
 /// The MTU that fits all nodes whose agents tell.
-fn smallest_mtu(nodes: &[NodeFacts], vni: u32) -> Option<(u32, String)> {
+fn smallest_mtu(nodes: &[Arc<NodeFacts>], vni: u32) -> Option<(u32, String)> {
     let name = format!("flannel.{vni}");
     let mtus = nodes.iter().filter_map(|node| {
         let device = host(node)?.vxlan.iter().find(|device| device.name == name)?;
@@ -304,13 +321,13 @@ fn device_mtu(interfaces: &Path, vni: u32) -> Option<(u32, String)> {
 
 /// Whether any node carries the migration's network label.
 #[must_use]
-pub fn begun(nodes: &[NodeFacts]) -> bool {
+pub fn begun(nodes: &[Arc<NodeFacts>]) -> bool {
     nodes.iter().any(|node| !node.view.network.is_absent())
 }
 
 /// Whether Calico is meant to run on some node already.
 #[must_use]
-pub fn calico_in_use(nodes: &[NodeFacts]) -> bool {
+pub fn calico_in_use(nodes: &[Arc<NodeFacts>]) -> bool {
     nodes.iter().any(|node| node.view.network.get() == Some(&flannel_migration_protocol::Network::Calico))
 }
 

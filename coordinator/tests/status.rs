@@ -33,7 +33,7 @@ fn what_is_composed_is_valid_and_what_is_wrong_is_not() {
         ..Noted::default()
     };
     let node = NodeFacts { name: "n1".into(), ready: true, ..NodeFacts::default() };
-    let status = compose(&[node], None, &noted, &policy, Timestamp::UNIX_EPOCH);
+    let status = compose(&[node.into()], None, &noted, &policy, Timestamp::UNIX_EPOCH);
     let mut value = serde_json::to_value(status).unwrap();
     assert!(
         validator.is_valid(&value),

@@ -1,19 +1,24 @@
-//! Writing blocks, affinities and handles: read, compare, write with the version that was read.
+//! Writing addresses into blocks, and handles: read, compare, write with the version that was read.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel_migration_protocol::Adopted;
+use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use jiff::Timestamp;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Preconditions};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::block::{self, Owner};
-use super::names;
-use super::types::{BlockAffinity, BlockAffinitySpec, IPAMBlock, IPAMHandle, IpamHandleSpec};
+use super::stock::There;
+use super::types::{BlockAffinity, IPAMBlock, IPAMHandle, IpamHandleSpec};
+use super::{kept, names};
 use crate::api::{self, CONFLICT_RETRIES, Writer, found, post, read};
+
+/// A node's pods have a handle each.
+const HANDLES_AT_ONCE: usize = 8;
 
 /// Why IPAM can't be written.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +72,7 @@ impl Error {
 pub struct Ipam {
     pub(super) writer: Writer,
     pub(super) blocks: Api<IPAMBlock>,
-    affinities: Api<BlockAffinity>,
+    pub(super) affinities: Api<BlockAffinity>,
     pub(super) handles: Api<IPAMHandle>,
 }
 
@@ -84,159 +89,43 @@ impl Ipam {
         }
     }
 
-    /// Makes `cidr` a block of `node`, in Calico's order: affinity pending, block, affinity confirmed.
-    pub async fn claim(&self, node: &str, cidr: &IpNet) -> Result<(), Error> {
-        if self.affinity(node, cidr, "pending").await? {
-            self.block(node, cidr).await?;
-        } else {
-            self.block(node, cidr).await?;
-            self.affinity(node, cidr, "confirmed").await?;
-        }
-        Ok(())
-    }
-
-    /// Writes the affinity unless it is confirmed; whether it was.
-    async fn affinity(&self, node: &str, cidr: &IpNet, state: &str) -> Result<bool, Error> {
-        let name = names::affinity(node, cidr);
-        let what = format!("claim block {cidr} for node {node} ({state})");
-        for _ in 0..CONFLICT_RETRIES {
-            let now = found(read(what.as_str(), self.affinities.get(&name)).await)?;
-            let (written, deleting) = match now {
-                None => {
-                    let spec = BlockAffinitySpec {
-                        cidr: cidr.to_string(),
-                        node: node.to_owned(),
-                        state: state.to_owned(),
-                        deleted: "false".to_owned(),
-                        kind: Some("host".to_owned()),
-                        ..BlockAffinitySpec::default()
-                    };
-                    let mut affinity = BlockAffinity::new(&name, spec);
-                    affinity.metadata.labels = Some(names::affinity_labels(node));
-                    (
-                        self.writer.write(what.as_str(), self.affinities.create(&post(), &affinity)).await,
-                        false,
-                    )
-                }
-                Some(affinity) if affinity.spec.deleted == "true" => {
-                    (self.remove(&what, &self.affinities, &affinity).await.map(|()| affinity), true)
-                }
-                Some(affinity) if affinity.spec.state == "confirmed" || affinity.spec.state == state => {
-                    return Ok(affinity.spec.state == "confirmed");
-                }
-                Some(mut affinity) => {
-                    state.clone_into(&mut affinity.spec.state);
-                    (
-                        self.writer
-                            .write(what.as_str(), self.affinities.replace(&name, &post(), &affinity))
-                            .await,
-                        false,
-                    )
-                }
-            };
-            match written {
-                Ok(_) if deleting => {}
-                Ok(_) => return Ok(false),
-                Err(error) if error.is_conflict() || error.is_already_exists() || error.is_not_found() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(Error::Contended(what))
-    }
-
-    async fn block(&self, node: &str, cidr: &IpNet) -> Result<(), Error> {
-        let name = names::block(cidr);
-        let what = format!("create block {cidr} of node {node}");
-        for _ in 0..CONFLICT_RETRIES {
-            let written = match found(read(what.as_str(), self.blocks.get(&name)).await)? {
-                None => {
-                    let sequence = u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0);
-                    let fresh = IPAMBlock::new(&name, block::fresh(cidr, node, sequence));
-                    self.writer.write(what.as_str(), self.blocks.create(&post(), &fresh)).await.map(|_| true)
-                }
-                Some(old) if old.spec.deleted => self.remove(&what, &self.blocks, &old).await.map(|()| false),
-                Some(old) if old.spec.affinity.as_deref() == Some(&block::affinity(node)) => return Ok(()),
-                Some(old) => {
-                    let owner = old.spec.affinity.unwrap_or_else(|| "nobody".to_owned());
-                    return Err(Error::NotOurs { block: cidr.to_string(), owner, node: node.to_owned() });
-                }
-            };
-            match written {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(error) if error.is_conflict() || error.is_already_exists() || error.is_not_found() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(Error::Contended(what))
-    }
-
-    /// Takes a block back that [`Ipam::claim`] made and nobody uses any more, with the address of the VXLAN device in it.
-    pub async fn disclaim(&self, node: &str, cidr: &IpNet) -> Result<(), Error> {
-        let what = format!("take block {cidr} of node {node} back");
-        if let Some(block) = found(read(what.as_str(), self.blocks.get(&names::block(cidr))).await)? {
-            let ours = block.spec.affinity.as_deref() == Some(&block::affinity(node));
-            let tunnel = names::tunnel_handle(node);
-            let handles = block.spec.attributes.iter().map(|attributes| attributes.handle_id.as_deref());
-            if !ours || handles.into_iter().any(|handle| handle != Some(&tunnel)) {
-                warn!(node, block = %cidr, "in use by others; left alone");
-                return Ok(());
-            }
-            self.remove(&what, &self.blocks, &block).await?;
-        }
-        self.handle(&names::tunnel_handle(node), cidr, 0).await?;
-        if let Some(affinity) =
-            found(read(what.as_str(), self.affinities.get(&names::affinity(node, cidr))).await)?
-        {
-            self.remove(&what, &self.affinities, &affinity).await?;
-        }
-        Ok(())
-    }
-
-    /// Ends a deletion that somebody began by marking the object, as Calico's readers do.
-    async fn remove<K>(&self, what: &str, api: &Api<K>, object: &K) -> api::Result<()>
+    /// Deletes an object as it was read: also one whose deletion somebody else began by marking it, as Calico's readers do.
+    pub(super) async fn remove<K>(&self, what: &str, api: &Api<K>, object: &K) -> api::Result<()>
     where
         K: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
     {
-        let preconditions = Preconditions { uid: object.uid(), resource_version: None };
+        let preconditions = Preconditions { uid: object.uid(), resource_version: object.resource_version() };
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
         found(self.writer.write(what, api.delete(&object.name_any(), &params)).await)?;
         Ok(())
     }
 
-    /// Gives the VXLAN device of `node` its address.
-    pub async fn assign_tunnel(&self, node: &str, blocks: &[IpNet], address: IpAddr) -> Result<(), Error> {
-        let secondary = attributes(&[("node", node), ("type", "vxlanTunnelAddress")]);
-        self.assign(node, blocks, vec![(address, Owner { handle: names::tunnel_handle(node), secondary })])
-            .await
-    }
-
-    /// Registers addresses of adopted pods as Calico's CNI plugin would have, so that CNI DEL releases them.
-    pub async fn adopt(&self, node: &str, blocks: &[IpNet], pods: &[Adopted]) -> Result<(), Error> {
-        let timestamp = go_time(Timestamp::now());
-        let wanted = pods
-            .iter()
-            .flat_map(|pod| {
-                let secondary = attributes(&[
-                    ("namespace", &pod.namespace),
-                    ("node", node),
-                    ("pod", &pod.pod),
-                    ("timestamp", &timestamp),
-                ]);
-                let owner = Owner { handle: names::pod_handle(&pod.sandbox), secondary };
-                pod.ip.iter().map(move |address| (*address, owner.clone()))
-            })
-            .collect();
-        self.assign(node, blocks, wanted).await
-    }
-
-    /// Gives addresses to their owners, one write per block; what is given already isn't written again.
-    pub(super) async fn assign(
+    /// Registers addresses of adopted pods as Calico's CNI plugin would have, so that CNI DEL releases them, and reserves those that the
+    /// node keeps for itself: one write for each block that holds any.
+    pub async fn register(
         &self,
         node: &str,
         blocks: &[IpNet],
-        wanted: Vec<(IpAddr, Owner)>,
+        pods: &[Adopted],
+        kept: &[IpAddr],
     ) -> Result<(), Error> {
+        let timestamp = go_time(Timestamp::now());
+        let of_pods = pods.iter().flat_map(|pod| {
+            let secondary = attributes(&[
+                ("namespace", &pod.namespace),
+                ("node", node),
+                ("pod", &pod.pod),
+                ("timestamp", &timestamp),
+            ]);
+            let owner = Owner { handle: names::pod_handle(&pod.sandbox), secondary };
+            pod.ip.iter().map(move |address| (*address, owner.clone()))
+        });
+        let kept = kept.iter().map(|address| (*address, kept::owner(node)));
+        self.assign(node, blocks, of_pods.chain(kept).collect()).await
+    }
+
+    /// Gives addresses to their owners, one write per block; what is given already isn't written again.
+    async fn assign(&self, node: &str, blocks: &[IpNet], wanted: Vec<(IpAddr, Owner)>) -> Result<(), Error> {
         let mut by_block: BTreeMap<IpNet, Vec<(IpAddr, Owner)>> = BTreeMap::new();
         for (address, owner) in wanted {
             let block = blocks
@@ -251,7 +140,12 @@ impl Ipam {
         Ok(())
     }
 
-    async fn assign_in(&self, node: &str, cidr: &IpNet, wanted: &[(IpAddr, Owner)]) -> Result<(), Error> {
+    pub(super) async fn assign_in(
+        &self,
+        node: &str,
+        cidr: &IpNet,
+        wanted: &[(IpAddr, Owner)],
+    ) -> Result<(), Error> {
         let what = format!("register {} addresses in block {cidr} of node {node}", wanted.len());
         for _ in 0..CONFLICT_RETRIES {
             let mut object = read(what.as_str(), self.blocks.get(&names::block(cidr))).await?;
@@ -260,13 +154,22 @@ impl Ipam {
                 return Err(Error::NotOurs { block: cidr.to_string(), owner, node: node.to_owned() });
             }
             let mut changed = false;
+            let mut handles = BTreeMap::new();
             for (address, owner) in wanted {
-                changed |= block::assign(&mut object.spec, *address, owner)?;
+                let new = block::assign(&mut object.spec, *address, owner)?;
+                changed |= new;
+                // Who gets an address now had none before, as a rule.
+                handles.insert(&owner.handle, if new { There::No } else { There::Perhaps });
             }
             // Handles before the block, as Calico has it; with what the block will hold, so that a repetition counts nothing twice.
-            for handle in wanted.iter().map(|(_, owner)| &owner.handle).collect::<BTreeSet<_>>() {
-                self.handle(handle, cidr, count(&object, handle)).await?;
-            }
+            let writes = handles.into_iter().map(|(handle, there)| {
+                let count = count(&object, handle);
+                async move { self.handle(handle, cidr, count, there).await }
+            });
+            stream::iter(writes.collect::<Vec<_>>())
+                .buffer_unordered(HANDLES_AT_ONCE)
+                .try_collect::<()>()
+                .await?;
             if !changed {
                 return Ok(());
             }
@@ -285,11 +188,21 @@ impl Ipam {
     }
 
     /// Sets how many addresses a handle has in a block; none left: removes it.
-    pub(super) async fn handle(&self, handle: &str, cidr: &IpNet, count: i64) -> Result<(), Error> {
+    pub(super) async fn handle(
+        &self,
+        handle: &str,
+        cidr: &IpNet,
+        count: i64,
+        mut there: There,
+    ) -> Result<(), Error> {
         let name = names::handle(handle);
         let what = format!("write IPAM handle {handle}");
         for _ in 0..CONFLICT_RETRIES {
-            let written = match found(read(what.as_str(), self.handles.get(&name)).await)? {
+            let now = match std::mem::replace(&mut there, There::Perhaps) {
+                There::No => None,
+                _ => found(read(what.as_str(), self.handles.get(&name)).await)?,
+            };
+            let written = match now {
                 None if count == 0 => return Ok(()),
                 None => {
                     let block = BTreeMap::from([(cidr.to_string(), count)]);
@@ -311,14 +224,13 @@ impl Ipam {
                     } else {
                         old.spec.block.insert(cidr.to_string(), count);
                     }
-                    old.spec.deleted = old.spec.block.is_empty();
-                    let written =
-                        self.writer.write(what.as_str(), self.handles.replace(&name, &post(), &old)).await;
-                    match written {
-                        Ok(marked) if marked.spec.deleted => {
-                            self.remove(&what, &self.handles, &marked).await.map(|()| true)
-                        }
-                        written => written.map(|_| true),
+                    if old.spec.block.is_empty() {
+                        // At once: Calico marks it first, for its deletions know no version.
+                        self.remove(&what, &self.handles, &old).await.map(|()| true)
+                    } else {
+                        let post = post();
+                        let replace = self.handles.replace(&name, &post, &old);
+                        self.writer.write(what.as_str(), replace).await.map(|_| true)
                     }
                 }
             };

@@ -61,10 +61,13 @@ pub fn affinity_labels(node: &str) -> BTreeMap<String, String> {
     .collect()
 }
 
+/// Beginning of the handles of VXLAN devices.
+pub const TUNNEL: &str = "vxlan-tunnel-addr-";
+
 /// The handle of a node's VXLAN device.
 #[must_use]
 pub fn tunnel_handle(node: &str) -> String {
-    format!("vxlan-tunnel-addr-{node}")
+    format!("{TUNNEL}{node}")
 }
 
 /// Beginning of the handles of addresses that nodes keep for themselves.

@@ -1,20 +1,21 @@
 //! Calico's configuration for a cluster that flannel runs: the pool, Felix, and for each node its blocks, its tunnel address and its
 //! annotations. Nothing is written that is so already.
 
-use std::net::{IpAddr, Ipv4Addr};
-
+use flannel_migration_protocol::Network;
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
 use kube::api::{Api, ListParams};
 use serde_json::{Map, Value, json};
 use tracing::{debug, info};
 
+use super::announced::{self, FlannelNode};
 use super::ipam::{self, Ipam};
 use super::names;
+use super::stock::Stock;
 use super::types::{FelixConfiguration, FelixConfigurationSpec, IPPool, IpPoolSpec};
 use crate::api::{self, CONFLICT_RETRIES, Writer, found, post, read};
-use crate::cluster::NodeFacts;
+use crate::cluster::{Node, NodeFacts};
 use crate::preflight::Finding;
 use crate::settings::Settings;
 
@@ -115,143 +116,6 @@ pub fn felix_changes(now: &FelixConfigurationSpec, settings: &Settings) -> Map<S
     // the VXLAN device.
     if now.vxlan_enabled == Some(false) {
         changes.insert("vxlanEnabled".to_owned(), Value::Null);
-    }
-    changes
-}
-
-/// What flannel says about a node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FlannelNode {
-    /// The node's IPv4 pod network.
-    pub network: IpNet,
-    /// Address of its VXLAN device: the network's first.
-    pub tunnel: IpAddr,
-    /// MAC address of its VXLAN device, as flannel writes it.
-    pub mac: String,
-    /// The address other nodes send to.
-    pub public: Ipv4Addr,
-}
-
-/// Reads what flannel's annotations say about a node.
-pub fn flannel_node(node: &NodeFacts, prefix: &str, network: IpNet) -> Result<FlannelNode, Finding> {
-    let object = || format!("Node {}", node.name);
-    let not_annotated = |what: &str| {
-        Finding::blocking(
-            "NodeNotAnnotatedByFlannel",
-            object(),
-            format!("annotation {prefix}/{what}"),
-            "See to it that flannel's pod runs on the node; it writes the annotations when it starts",
-        )
-    };
-    let own = node.pod_cidrs.iter().copied().find(|cidr| matches!(cidr, IpNet::V4(_))).ok_or_else(|| {
-        Finding::blocking(
-            "NodeWithoutPodCidr",
-            object(),
-            "it has no IPv4 podCIDR",
-            "Let the controller manager allocate node CIDRs",
-        )
-    })?;
-    if !network.contains(&own) {
-        return Err(Finding::fatal(
-            "PodCidrOutsideNetwork",
-            object(),
-            format!("its podCIDR {own} is not in flannel's network {network}"),
-            "Correct flannel's network or the node's podCIDR",
-        ));
-    }
-    let annotation = |name: &str| node.annotations.get(&format!("{prefix}/{name}"));
-    let backend = annotation("backend-type").ok_or_else(|| not_annotated("backend-type is missing"))?;
-    if backend != "vxlan" {
-        return Err(Finding::fatal(
-            "BackendNotVxlan",
-            object(),
-            format!("flannel's backend there is {backend}"),
-            "Only flannel's vxlan backend can be migrated; change net-conf.json and restart flannel first",
-        ));
-    }
-    let data = annotation("backend-data").ok_or_else(|| not_annotated("backend-data is missing"))?;
-    let mac = serde_json::from_str::<Map<String, Value>>(data)
-        .ok()
-        .and_then(|data| {
-            data.into_iter()
-                .find(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))
-                .and_then(|(_, mac)| mac.as_str().map(str::to_owned))
-        })
-        .filter(|mac| {
-            mac.split(':').filter(|byte| byte.len() == 2 && u8::from_str_radix(byte, 16).is_ok()).count() == 6
-        })
-        .ok_or_else(|| not_annotated(&format!("backend-data holds no VtepMAC: {data}")))?;
-    let public = annotation("public-ip").ok_or_else(|| not_annotated("public-ip is missing"))?;
-    let public = public
-        .split('/')
-        .next()
-        .and_then(|address| address.parse().ok())
-        .ok_or_else(|| not_annotated(&format!("public-ip is no IPv4 address: {public}")))?;
-    Ok(FlannelNode { network: own.trunc(), tunnel: own.network(), mac, public })
-}
-
-/// The address that flannel announced for a node.
-#[must_use]
-pub fn public_address(node: &NodeFacts, prefix: &str) -> Option<Ipv4Addr> {
-    node.annotations.get(&format!("{prefix}/public-ip"))?.split('/').next()?.parse().ok()
-}
-
-/// A node that never had flannel: what Calico will be there. The MAC address is made from the name, as Felix makes it: locally
-/// administered, and the same at each try.
-pub fn joined_node(node: &NodeFacts, network: IpNet) -> Result<FlannelNode, Finding> {
-    use sha2::Digest as _;
-    let missing = |what: &str| {
-        Finding::blocking(
-            "JoinedNodeIncomplete",
-            format!("Node {}", node.name),
-            what,
-            "It is looked at again when the node changes",
-        )
-    };
-    let own = node
-        .pod_cidrs
-        .iter()
-        .copied()
-        .find(|cidr| network.contains(cidr))
-        .ok_or_else(|| missing("it has no podCIDR in flannel's network"))?;
-    let public = node.address.ok_or_else(|| missing("it has no IPv4 InternalIP"))?;
-    let hash = sha2::Sha256::digest(node.name.as_bytes());
-    let mac = hash.iter().take(5).fold("66".to_owned(), |mac, byte| format!("{mac}:{byte:02x}"));
-    Ok(FlannelNode { network: own.trunc(), tunnel: own.network(), mac, public })
-}
-
-/// A node as flannel announces it to its peers.
-#[must_use]
-pub fn flannel_annotations(node: &FlannelNode, settings: &Settings) -> Map<String, Value> {
-    let prefix = &settings.flannel.annotation_prefix;
-    let data = json!({ "VNI": settings.flannel_facts.vni, "VtepMAC": node.mac }).to_string();
-    [
-        ("backend-type", "vxlan".to_owned()),
-        ("backend-data", data),
-        ("public-ip", node.public.to_string()),
-        ("kube-subnet-manager", "true".to_owned()),
-    ]
-    .into_iter()
-    .map(|(name, value)| (format!("{prefix}/{name}"), value.into()))
-    .collect()
-}
-
-/// What a node's annotations must become; empty when they are so.
-#[must_use]
-pub fn annotation_changes(node: &NodeFacts, flannel: &FlannelNode) -> Map<String, Value> {
-    let now = |key: &str| node.annotations.get(key).map(String::as_str);
-    let mut changes = Map::new();
-    let tunnel = flannel.tunnel.to_string();
-    if now(names::TUNNEL_ADDRESS) != Some(&tunnel) {
-        changes.insert(names::TUNNEL_ADDRESS.to_owned(), tunnel.into());
-    }
-    if now(names::TUNNEL_MAC) != Some(&flannel.mac) {
-        changes.insert(names::TUNNEL_MAC.to_owned(), flannel.mac.clone().into());
-    }
-    // Calico detects the prefix length itself later; the address is what counts.
-    let public = flannel.public.to_string();
-    if now(names::NODE_ADDRESS).and_then(|address| address.split('/').next()) != Some(&public) {
-        changes.insert(names::NODE_ADDRESS.to_owned(), format!("{public}/32").into());
     }
     changes
 }
@@ -381,29 +245,38 @@ async fn veth_mtu(writer: &Writer, settings: &Settings) -> Result<(), Error> {
     Ok(())
 }
 
-/// Prepares one node that Calico doesn't run on yet.
+/// Gives a node that Calico doesn't run on yet its blocks and the address of its VXLAN device.
+pub async fn blocks(
+    writer: &Writer,
+    node: &str,
+    flannel: &FlannelNode,
+    block_size: u8,
+    stock: &Stock,
+) -> Result<(), Error> {
+    let blocks = names::blocks(&flannel.network, block_size);
+    let claimed = Ipam::new(writer.clone()).claim(node, &blocks, flannel.tunnel, stock).await;
+    claimed.map_err(|source| Error::Ipam { node: node.to_owned(), source })
+}
+
+/// Prepares one node that flannel runs. Its label and its annotations are one write, after its blocks: from then on Calico leaves these
+/// alone, which it takes from nodes without label when they are empty. What was written, if anything was.
 pub async fn node(
     writer: &Writer,
     facts: &NodeFacts,
     flannel: &FlannelNode,
     block_size: u8,
-) -> Result<(), Error> {
-    let of_node = |source: ipam::Error| Error::Ipam { node: facts.name.clone(), source };
-    let ipam = Ipam::new(writer.clone());
-    let blocks = names::blocks(&flannel.network, block_size);
-    for cidr in &blocks {
-        ipam.claim(&facts.name, cidr).await.map_err(of_node)?;
-    }
-    ipam.assign_tunnel(&facts.name, &blocks, flannel.tunnel).await.map_err(of_node)?;
-    let changes = annotation_changes(facts, flannel);
-    if !changes.is_empty() {
-        let nodes: Api<Node> = Api::all(writer.client.clone());
-        let what = format!("annotate node {}", facts.name);
-        // Keys of Calico's, of which nothing else is a writer yet: no precondition, so that a busy node can't starve it.
-        writer.merge(what, &nodes, &facts.name, &json!({ "metadata": { "annotations": changes } })).await?;
-        info!(node = facts.name, step = "prepare", tunnel = %flannel.tunnel, "node prepared for Calico");
-    }
-    Ok(())
+    stock: &Stock,
+) -> Result<Option<NodeFacts>, Error> {
+    blocks(writer, &facts.name, flannel, block_size, stock).await?;
+    let label = facts.view.network.is_absent().then_some(Network::Flannel);
+    let Some(patch) = announced::patch(facts, flannel, label, Map::new()) else { return Ok(None) };
+    let nodes: Api<Node> = Api::all(writer.client.clone());
+    // Keys of Calico's, of which nothing else is a writer yet, and one of ours that isn't there: no precondition, so that a busy node
+    // can't starve it.
+    let what = format!("prepare node {}", facts.name);
+    let written = api::found(writer.merge(what, &nodes, &facts.name, &patch).await)?;
+    info!(node = facts.name, step = "prepare", tunnel = %flannel.tunnel, "node prepared for Calico");
+    Ok(written.as_ref().map(NodeFacts::from))
 }
 
 fn tolerate_existing<T>(result: api::Result<T>) -> api::Result<()> {

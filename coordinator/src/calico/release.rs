@@ -1,12 +1,15 @@
 //! Giving addresses back to Calico.
 
 use ipnet::IpNet;
-use kube::api::ListParams;
+use serde::Deserialize;
 use tracing::warn;
 
 use super::ipam::{Error, Ipam};
+use super::stock::There;
+use super::types::{IPAMHandle, IpamHandleSpec};
 use super::{block, names};
 use crate::api::{CONFLICT_RETRIES, found, post, read};
+use crate::pages;
 
 impl Ipam {
     /// Takes back all addresses of pods, and those kept, of a node that isn't Calico's any more; how many. The blocks stay the node's.
@@ -19,15 +22,31 @@ impl Ipam {
             released += self.release_in(cidr, Some(node), is_pod).await?;
         }
         // All handles, not only those just released: an earlier try may have ended between block and handle.
-        let what = format!("list IPAM handles of node {node}");
-        for handle in read(what, self.handles.list(&ListParams::default())).await?.items {
-            for cidr in blocks.iter().filter(|cidr| {
-                is_pod(&handle.spec.handle_id) && handle.spec.block.contains_key(&cidr.to_string())
-            }) {
-                self.handle(&handle.spec.handle_id, cidr, 0).await?;
+        let here: Vec<String> = blocks.iter().map(ToString::to_string).collect();
+        let theirs = |handle: &IpamHandleSpec| {
+            is_pod(&handle.handle_id) && here.iter().any(|cidr| handle.block.contains_key(cidr))
+        };
+        for handle in self.handles_that(theirs).await? {
+            for cidr in blocks.iter().filter(|cidr| handle.block.contains_key(&cidr.to_string())) {
+                self.handle(&handle.handle_id, cidr, 0, There::Perhaps).await?;
             }
         }
         Ok(released)
+    }
+
+    /// The handles of which that holds.
+    pub(super) async fn handles_that(
+        &self,
+        holds: impl Fn(&IpamHandleSpec) -> bool,
+    ) -> Result<Vec<IpamHandleSpec>, Error> {
+        #[derive(Deserialize)]
+        struct Handle {
+            spec: IpamHandleSpec,
+        }
+        let mut handles = Vec::new();
+        let take = |handle: Handle| handles.extend(Some(handle.spec).filter(|spec| holds(spec)));
+        pages::each::<IPAMHandle, _>(&self.writer.client, "list IPAM handles", take).await?;
+        Ok(handles)
     }
 
     /// Frees the addresses of a block whose handles are `theirs`; how many. With `node`, only while the block is that node's.

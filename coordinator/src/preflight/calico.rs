@@ -1,5 +1,8 @@
 //! What is wrong with Calico, and with what it left or was given before.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use ipnet::IpNet;
 use regex::Regex;
 use serde_json::Value;
@@ -157,7 +160,7 @@ pub fn foreign_plugins(template: &str) -> Vec<String> {
 pub fn contents(
     datastore: &Datastore,
     settings: &Settings,
-    nodes: &[NodeFacts],
+    nodes: &[Arc<NodeFacts>],
     in_use: bool,
     findings: &mut Vec<Finding>,
 ) {
@@ -174,18 +177,15 @@ pub fn contents(
     let taken_over = |name: &str| settings.flannel.canal && !in_use && name == names::POOL;
     let pools = datastore.pools.iter().filter(|(name, _)| !taken_over(name));
     findings.extend(pools.filter_map(|(name, pool)| prepare::pool_finding(name, pool, &wanted)));
+    // There are several blocks for each node.
+    let blocks: BTreeMap<IpNet, Option<&str>> =
+        datastore.blocks.iter().map(|(block, owner)| (block.trunc(), owner.as_deref())).collect();
     for node in nodes.iter().filter(|node| super::nodes::untouched(node)) {
         let own = format!("host:{}", node.name);
         for cidr in node.pod_cidrs.iter().filter(|cidr| network.contains(*cidr)) {
-            let overlapping =
-                datastore.blocks.iter().filter(|(block, _)| block.contains(cidr) || cidr.contains(block));
-            findings.extend(
-                overlapping
-                    .filter(|(block, owner)| {
-                        owner.as_deref() != Some(&own) || block.prefix_len() != block_size
-                    })
-                    .map(|(block, owner)| foreign_block(node, block, owner.as_deref())),
-            );
+            let foreign = overlapping(&blocks, cidr)
+                .filter(|(block, owner)| *owner != Some(&own) || block.prefix_len() != block_size);
+            findings.extend(foreign.map(|(block, owner)| foreign_block(node, block, owner)));
         }
     }
     let Some(felix) = &datastore.felix else { return };
@@ -201,6 +201,19 @@ pub fn contents(
     if in_use {
         findings.extend(prepare::felix_finding(felix, settings));
     }
+}
+
+/// The blocks that hold a network or are held by it.
+fn overlapping<'a>(
+    blocks: &'a BTreeMap<IpNet, Option<&'a str>>,
+    cidr: &IpNet,
+) -> impl Iterator<Item = (&'a IpNet, Option<&'a str>)> {
+    let cidr = cidr.trunc();
+    let around = std::iter::successors(cidr.supernet(), IpNet::supernet);
+    let around = around.filter_map(|wider| blocks.get_key_value(&wider));
+    // By address, then by length: those within follow it.
+    let within = blocks.range(cidr..).take_while(move |(block, _)| cidr.contains(*block));
+    around.chain(within).map(|(block, owner)| (block, *owner))
 }
 
 fn foreign_block(node: &NodeFacts, block: &IpNet, owner: Option<&str>) -> Finding {
@@ -231,6 +244,20 @@ mod tests {
         let told = unusable(template);
         assert_eq!(told.is_some(), why.is_some(), "{told:?}");
         assert!(why.is_none_or(|why| told.as_deref().unwrap_or_default().contains(why)), "{told:?}");
+    }
+
+    #[test]
+    fn blocks_around_and_within_a_network_overlap_it_and_no_others() {
+        let nets =
+            ["10.0.0.0/24", "10.0.1.0/26", "10.0.1.64/26", "10.0.2.0/26", "10.0.0.0/16", "10.0.1.0/24"];
+        let blocks: BTreeMap<IpNet, Option<&str>> =
+            nets.iter().map(|net| (net.parse().unwrap(), None)).collect();
+        let found = |cidr: &str| -> Vec<String> {
+            overlapping(&blocks, &cidr.parse().unwrap()).map(|(block, _)| block.to_string()).collect()
+        };
+        assert_eq!(found("10.0.1.0/24"), ["10.0.0.0/16", "10.0.1.0/24", "10.0.1.0/26", "10.0.1.64/26"]);
+        assert_eq!(found("10.0.1.64/27"), ["10.0.1.64/26", "10.0.1.0/24", "10.0.0.0/16"]);
+        assert_eq!(found("10.1.0.0/24"), [""; 0]);
     }
 
     #[test]

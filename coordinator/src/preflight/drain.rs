@@ -1,13 +1,16 @@
 //! What is in the way of the strategy `drain`: pods that may not leave, or have nowhere to go.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use flannel_migration_protocol::Strategy;
 use k8s_openapi::api::core::v1::{
-    Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec, Taint, Toleration,
+    Container, Node, NodeSelectorRequirement, NodeSelectorTerm, NodeSpec, NodeStatus, Pod, PodSpec,
+    PodStatus, Taint, Toleration,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt as _;
+use kube::api::ObjectMeta;
 use kube::core::{Selector, SelectorExt as _};
 
 use super::Finding;
@@ -27,8 +30,56 @@ pub struct Workloads {
     pub budgets: Vec<PodDisruptionBudget>,
 }
 
+/// A node without what isn't looked at, which is most of it.
+#[must_use]
+pub fn trimmed_node(node: Node) -> Node {
+    let allocatable = node.status.and_then(|status| status.allocatable);
+    Node {
+        metadata: ObjectMeta {
+            name: node.metadata.name,
+            labels: node.metadata.labels,
+            ..ObjectMeta::default()
+        },
+        spec: node.spec.map(|spec| NodeSpec {
+            taints: spec.taints,
+            unschedulable: spec.unschedulable,
+            ..NodeSpec::default()
+        }),
+        status: Some(NodeStatus { allocatable, ..NodeStatus::default() }),
+    }
+}
+
+/// A pod without what isn't looked at, which is most of it.
+#[must_use]
+pub fn trimmed_pod(mut pod: Pod) -> Pod {
+    pod.metadata.managed_fields = None;
+    pod.spec = pod.spec.map(|spec| PodSpec {
+        node_name: spec.node_name,
+        host_network: spec.host_network,
+        node_selector: spec.node_selector,
+        affinity: spec.affinity,
+        tolerations: spec.tolerations,
+        containers: spec
+            .containers
+            .into_iter()
+            .map(|container| Container {
+                name: container.name,
+                resources: container.resources,
+                ..Container::default()
+            })
+            .collect(),
+        ..PodSpec::default()
+    });
+    pod.status = pod.status.map(|status| PodStatus {
+        phase: status.phase,
+        conditions: status.conditions,
+        ..PodStatus::default()
+    });
+    pod
+}
+
 /// Nodes that are to be drained. `strategy` is that of nodes without one of their own.
-fn drained(nodes: &[NodeFacts], strategy: Strategy) -> BTreeSet<&str> {
+fn drained(nodes: &[Arc<NodeFacts>], strategy: Strategy) -> BTreeSet<&str> {
     nodes
         .iter()
         .filter(|node| super::nodes::untouched(node))
@@ -38,7 +89,12 @@ fn drained(nodes: &[NodeFacts], strategy: Strategy) -> BTreeSet<&str> {
 }
 
 /// Canal is migrated in place only.
-pub fn canal(daemon: &FlannelDaemon, nodes: &[NodeFacts], strategy: Strategy, findings: &mut Vec<Finding>) {
+pub fn canal(
+    daemon: &FlannelDaemon,
+    nodes: &[Arc<NodeFacts>],
+    strategy: Strategy,
+    findings: &mut Vec<Finding>,
+) {
     if daemon.canal && !drained(nodes, strategy).is_empty() {
         findings.push(Finding::fatal(
             "CanalNotDrained",
@@ -50,7 +106,12 @@ pub fn canal(daemon: &FlannelDaemon, nodes: &[NodeFacts], strategy: Strategy, fi
 }
 
 /// All of it. `strategy` is that of nodes without one of their own.
-pub fn rules(workloads: &Workloads, nodes: &[NodeFacts], strategy: Strategy, findings: &mut Vec<Finding>) {
+pub fn rules(
+    workloads: &Workloads,
+    nodes: &[Arc<NodeFacts>],
+    strategy: Strategy,
+    findings: &mut Vec<Finding>,
+) {
     let drained = drained(nodes, strategy);
     if drained.is_empty() {
         return;

@@ -6,18 +6,21 @@ use crate::preflight::Severity;
 fn workloads(yaml: &str) -> Workloads {
     let value: serde_json::Value = serde_saphyr::from_str(yaml).unwrap();
     let list = |name: &str| value.get(name).cloned().unwrap_or_else(|| serde_json::json!([]));
+    let nodes: Vec<Node> = serde_json::from_value(list("nodes")).unwrap();
+    let pods: Vec<Pod> = serde_json::from_value(list("pods")).unwrap();
     Workloads {
-        nodes: serde_json::from_value(list("nodes")).unwrap(),
-        pods: serde_json::from_value(list("pods")).unwrap(),
+        nodes: nodes.into_iter().map(trimmed_node).collect(),
+        pods: pods.into_iter().map(trimmed_pod).collect(),
         budgets: serde_json::from_value(list("budgets")).unwrap(),
     }
 }
 
-fn nodes(names: &[&str]) -> Vec<NodeFacts> {
+fn nodes(names: &[&str]) -> Vec<Arc<NodeFacts>> {
     let view = NodeView { state: Field::Present(State::Flannel), ..NodeView::default() };
     names
         .iter()
         .map(|name| NodeFacts { name: (*name).into(), view: view.clone(), ..NodeFacts::default() })
+        .map(Arc::new)
         .collect()
 }
 

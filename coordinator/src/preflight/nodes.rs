@@ -1,13 +1,14 @@
 //! What is wrong with single nodes: what flannel says about them, and what their agents see.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use flannel_migration_protocol::{HostFacts, Network, State};
 use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use super::{Finding, address, calico};
-use crate::calico::prepare;
+use crate::calico::announced;
 use crate::cluster::NodeFacts;
 use crate::settings::Settings;
 
@@ -22,14 +23,16 @@ pub fn untouched(node: &NodeFacts) -> bool {
 }
 
 /// About all nodes that run Linux. `agents`: their DaemonSet is there.
-pub fn all(settings: &Settings, nodes: &[NodeFacts], agents: bool, findings: &mut Vec<Finding>) {
+pub fn all(settings: &Settings, nodes: &[Arc<NodeFacts>], agents: bool, findings: &mut Vec<Finding>) {
     let Some(network) = settings.network() else { return };
+    let plugins = calico::foreign_plugins(&settings.calico_facts.cni_conf_template);
     for node in nodes {
         let object = format!("Node {}", node.name);
         // A node that the migration has labelled was prepared; what it needs then is the roll's business.
         let enrolled = matches!(node.view.network.get(), Some(Network::None | Network::Calico));
         if !enrolled {
-            findings.extend(prepare::flannel_node(node, &settings.flannel.annotation_prefix, network).err());
+            findings
+                .extend(announced::flannel_node(node, &settings.flannel.annotation_prefix, network).err());
             room(node, &object, findings);
         }
         if agents && node.view.state.is_absent() {
@@ -59,7 +62,7 @@ pub fn all(settings: &Settings, nodes: &[NodeFacts], agents: bool, findings: &mu
         if untouched(node) {
             announced(node, &object, settings, findings);
             if let Some(host) = host(node) {
-                self::seen(node, &object, host, settings, findings);
+                self::seen(node, &object, host, settings, &plugins, findings);
             }
         }
     }
@@ -109,7 +112,15 @@ fn announced(node: &NodeFacts, object: &str, settings: &Settings, findings: &mut
     }
 }
 
-fn seen(node: &NodeFacts, object: &str, host: &HostFacts, settings: &Settings, findings: &mut Vec<Finding>) {
+/// `plugins`: those that must be there before Calico comes.
+fn seen(
+    node: &NodeFacts,
+    object: &str,
+    host: &HostFacts,
+    settings: &Settings,
+    plugins: &[String],
+    findings: &mut Vec<Finding>,
+) {
     if let Some(filter) = host.rp_filter.filter(|filter| *filter != 1) {
         findings.push(Finding::holds_node(
             "RpFilterNotStrict",
@@ -156,10 +167,8 @@ fn seen(node: &NodeFacts, object: &str, host: &HostFacts, settings: &Settings, f
             }
         }
     }
-    let missing: Vec<String> = calico::foreign_plugins(&settings.calico_facts.cni_conf_template)
-        .into_iter()
-        .filter(|plugin| !host.plugins.contains(plugin))
-        .collect();
+    let missing: Vec<&str> =
+        plugins.iter().filter(|plugin| !host.plugins.contains(plugin)).map(String::as_str).collect();
     if !missing.is_empty() && !host.plugins.is_empty() {
         findings.push(Finding::holds_node(
             "CniPluginMissing",
@@ -171,7 +180,7 @@ fn seen(node: &NodeFacts, object: &str, host: &HostFacts, settings: &Settings, f
             "Install them on the node, or take them out of Calico's CNI config",
         ));
     }
-    let public = prepare::public_address(node, &settings.flannel.annotation_prefix);
+    let public = announced::public_address(node, &settings.flannel.annotation_prefix);
     let method = settings.calico.autodetection.as_deref();
     let taken = method.and_then(|method| address::detected(method, host, node.address));
     if let (Some(method), Some(taken), Some(public)) = (method, taken, public)
@@ -187,14 +196,14 @@ fn seen(node: &NodeFacts, object: &str, host: &HostFacts, settings: &Settings, f
 }
 
 /// Addresses that must be a node's own.
-fn shared(settings: &Settings, nodes: &[NodeFacts], findings: &mut Vec<Finding>) {
+fn shared(settings: &Settings, nodes: &[Arc<NodeFacts>], findings: &mut Vec<Finding>) {
     let prefix = &settings.flannel.annotation_prefix;
     let mut owners: BTreeMap<String, &str> = BTreeMap::new();
     for node in nodes {
         let data = backend_data(node, settings);
         let mac = data.get("vtepmac").and_then(Value::as_str).filter(|mac| !mac.is_empty());
         let mac = mac.map(|mac| format!("the MAC address {}", mac.to_lowercase()));
-        let public = prepare::public_address(node, prefix).map(|public| format!("the address {public}"));
+        let public = announced::public_address(node, prefix).map(|public| format!("the address {public}"));
         for what in [mac, public].into_iter().flatten() {
             if let Some(other) = owners.insert(what.clone(), &node.name) {
                 findings.push(Finding::fatal(
@@ -206,25 +215,39 @@ fn shared(settings: &Settings, nodes: &[NodeFacts], findings: &mut Vec<Finding>)
             }
         }
     }
-    for (i, node) in nodes.iter().enumerate() {
-        for other in nodes.iter().skip(i + 1) {
-            let overlap = node.pod_cidrs.iter().find(|cidr| {
-                other.pod_cidrs.iter().any(|theirs| theirs.contains(*cidr) || cidr.contains(theirs))
-            });
-            if let Some(cidr) = overlap {
-                findings.push(Finding::fatal(
-                    "PodCidrShared",
-                    format!("Node {}", other.name),
-                    format!("its podCIDR overlaps {cidr} of node {}", node.name),
-                    "Delete one of the Nodes and let it join again with a podCIDR of its own",
-                ));
-            }
-        }
+    for ((node, other), cidr) in overlaps(nodes) {
+        findings.push(Finding::fatal(
+            "PodCidrShared",
+            format!("Node {other}"),
+            format!("its podCIDR overlaps {cidr} of node {node}"),
+            "Delete one of the Nodes and let it join again with a podCIDR of its own",
+        ));
     }
 }
 
+/// Pairs of nodes whose pod networks overlap, in the order of the nodes, and the first one's network that does.
+fn overlaps(nodes: &[Arc<NodeFacts>]) -> BTreeMap<(&str, &str), IpNet> {
+    let all = nodes.iter().enumerate().flat_map(|(i, node)| node.pod_cidrs.iter().map(move |cidr| (cidr, i)));
+    let mut sorted: Vec<(IpNet, &IpNet, usize)> = all.map(|(cidr, i)| (cidr.trunc(), cidr, i)).collect();
+    // Two networks are apart, or one holds the other: a network is held by those before it that haven't ended.
+    sorted.sort_unstable();
+    let mut open: Vec<(IpNet, &IpNet, usize)> = Vec::new();
+    let mut pairs = BTreeMap::new();
+    for one in sorted {
+        while open.pop_if(|(around, ..)| !around.contains(&one.0)).is_some() {}
+        for other in open.iter().filter(|(.., i)| *i != one.2) {
+            let (first, second) = if one.2 < other.2 { (&one, other) } else { (other, &one) };
+            if let (Some(node), Some(other)) = (nodes.get(first.2), nodes.get(second.2)) {
+                pairs.entry((node.name.as_str(), other.name.as_str())).or_insert(*first.1);
+            }
+        }
+        open.push(one);
+    }
+    pairs
+}
+
 /// Calico has one MTU for all nodes.
-fn mtus(settings: &Settings, nodes: &[NodeFacts], findings: &mut Vec<Finding>) {
+fn mtus(settings: &Settings, nodes: &[Arc<NodeFacts>], findings: &mut Vec<Finding>) {
     let name = format!("flannel.{}", settings.flannel_facts.vni);
     let used = settings.flannel_facts.mtu;
     for node in nodes.iter().filter(|node| untouched(node)) {
@@ -249,5 +272,50 @@ pub fn windows(names: &[String], findings: &mut Vec<Finding>) {
             "it runs Windows and takes part in flannel's network; only nodes that run Linux can be migrated",
             "Take it out of the cluster",
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn nodes(cidrs: &[Vec<IpNet>]) -> Vec<Arc<NodeFacts>> {
+        let named = cidrs.iter().enumerate();
+        named
+            .map(|(i, cidrs)| NodeFacts {
+                name: format!("n{i}"),
+                pod_cidrs: cidrs.clone(),
+                ..NodeFacts::default()
+            })
+            .map(Arc::new)
+            .collect()
+    }
+
+    fn network() -> impl proptest::strategy::Strategy<Value = IpNet> {
+        (0_u8..4, 0_u8..8, 22_u8..=27)
+            .prop_map(|(a, b, length)| format!("10.0.{a}.{}/{length}", b * 32).parse().unwrap())
+    }
+
+    proptest! {
+        #[test]
+        fn networks_that_overlap_are_found_as_by_comparing_each_with_each(
+            cidrs in proptest::collection::vec(proptest::collection::vec(network(), 0..3), 0..8),
+        ) {
+            let nodes = nodes(&cidrs);
+            let found: Vec<(String, String)> =
+                overlaps(&nodes).into_keys().map(|(a, b)| (a.to_owned(), b.to_owned())).collect();
+            let mut expected = Vec::new();
+            for (i, a) in nodes.iter().enumerate() {
+                for b in &nodes[i + 1..] {
+                    let both = |x: &IpNet| b.pod_cidrs.iter().any(|y| x.contains(y) || y.contains(x));
+                    if a.pod_cidrs.iter().any(both) {
+                        expected.push((a.name.clone(), b.name.clone()));
+                    }
+                }
+            }
+            prop_assert_eq!(found, expected);
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! All rules, in order, and where the cluster stands by them.
 
+use std::sync::Arc;
+
 use flannel_migration_protocol::Strategy;
 
 use super::{Finding, calico, drain, flannel, nodes, server};
@@ -30,7 +32,7 @@ pub fn examine(
     survey: &Survey,
     stated: &Stated,
     strategy: Strategy,
-    nodes: &[NodeFacts],
+    nodes: &[Arc<NodeFacts>],
 ) -> (Verdict, Vec<Finding>) {
     if survey.finishing.is_some() {
         return (Verdict::Finishing, Vec::new());
@@ -96,7 +98,7 @@ pub fn examine(
 }
 
 /// What is in the way where no flannel is found; nothing if Calico has taken its place everywhere.
-fn without_flannel(survey: &Survey, stated: &Stated, nodes: &[NodeFacts]) -> Option<Finding> {
+fn without_flannel(survey: &Survey, stated: &Stated, nodes: &[Arc<NodeFacts>]) -> Option<Finding> {
     match settings::calico(stated, &survey.detected.calico) {
         Ok(Some(calico)) if !calico.waits && !begun(nodes) => {
             let (desired, ready) = survey.calico_pods;
@@ -111,9 +113,7 @@ fn without_flannel(survey: &Survey, stated: &Stated, nodes: &[NodeFacts]) -> Opt
             })
         }
         _ => {
-            let annotated = nodes
-                .iter()
-                .find(|node| node.annotations.keys().any(|key| key.ends_with("/kube-subnet-manager")));
+            let annotated = nodes.iter().find(|node| node.in_flannels_network());
             let where_else = annotated.map_or_else(String::new, |node| {
                 format!(
                     "; but node {} has flannel's annotations: it may run outside of pods there (k3s)",

@@ -43,6 +43,16 @@ fn node(name: &str) -> NodeFacts {
     }
 }
 
+fn examine(
+    survey: &Survey,
+    stated: &Stated,
+    strategy: Strategy,
+    nodes: &[NodeFacts],
+) -> (Verdict, Vec<Finding>) {
+    let nodes: Vec<_> = nodes.iter().cloned().map(Arc::new).collect();
+    super::examine(survey, stated, strategy, &nodes)
+}
+
 fn reasons(survey: &Survey, nodes: &[NodeFacts]) -> Vec<&'static str> {
     examine(survey, &Stated::default(), Strategy::InPlace, nodes)
         .1

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::args::{Cli, Stated};
-use crate::calico::prepare;
+use crate::calico::announced;
 use crate::cluster::NodeFacts;
 use crate::discover;
 use crate::settings::tests::detected;
@@ -112,13 +112,13 @@ proptest! {
             annotations,
             ..NodeFacts::default()
         };
-        let read = prepare::flannel_node(&node, prefix, "10.244.0.0/16".parse().unwrap());
+        let read = announced::flannel_node(&node, prefix, "10.244.0.0/16".parse().unwrap());
         if let Err(finding) = read {
             let told = finding.to_string();
             prop_assert!(told.contains("Node n1") && told.contains(&value), "{}", told);
         }
         let mut findings = Vec::new();
-        nodes::all(&settings::tests::settings(), &[node], false, &mut findings);
+        nodes::all(&settings::tests::settings(), &[node.into()], false, &mut findings);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! From what the nodes say and what the coordinator has noted to one [`Status`]. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Network, State};
@@ -75,18 +76,18 @@ impl From<&Status> for Noted {
 /// Composes. `policy` is what the coordinator works by.
 #[must_use]
 pub fn compose(
-    nodes: &[NodeFacts],
+    nodes: &[Arc<NodeFacts>],
     own: Option<&str>,
     noted: &Noted,
     policy: &Policy,
     now: Timestamp,
 ) -> Status {
     // Clocks of machines are compared here, which is good enough for showing.
-    let leased_for: BTreeMap<String, Duration> = noted
-        .nodes
-        .iter()
-        .filter_map(|(node, noted)| {
-            Some((node.clone(), Duration::try_from(now.duration_since(noted.leased_at?)).ok()?))
+    let leased = nodes.iter().filter(|node| !node.view.lease.is_absent());
+    let leased_for: BTreeMap<String, Duration> = leased
+        .filter_map(|node| {
+            let leased_at = noted.nodes.get(&node.name)?.leased_at?;
+            Some((node.name.clone(), Duration::try_from(now.duration_since(leased_at)).ok()?))
         })
         .collect();
     let rolling = noted.phase == Phase::Roll;
@@ -94,7 +95,7 @@ pub fn compose(
     let known = Known { nodes, own, leased_for: &leased_for, granting: &granting, request: None };
     let planned = plan(&known, policy, now);
     let waiting: BTreeMap<&str, &Waiting> = if rolling {
-        planned.waiting.iter().map(|waiting| (waiting.node.as_str(), waiting)).collect()
+        planned.waiting.iter().map(|waiting| (waiting.node.name.as_str(), waiting)).collect()
     } else {
         BTreeMap::new()
     };
@@ -190,18 +191,47 @@ fn row(
 /// So many nodes in the way are named; with hundreds in change and thousands waiting, all names for each would be most of the status.
 const NAMED: usize = 5;
 
-/// Who can be in the way of others, by name.
+/// Nodes that can be in the way of others, by name.
+struct Way<'a> {
+    all: BTreeSet<&'a str>,
+    /// In words, for a node that isn't one of them: thousands may wait for the same.
+    for_others: String,
+}
+
+impl Way<'_> {
+    fn words(&self, waiting: &str) -> String {
+        if self.all.contains(waiting) {
+            list_of(self.all.iter().filter(|name| **name != waiting), self.all.len() - 1)
+        } else {
+            self.for_others.clone()
+        }
+    }
+}
+
+fn list_of<'a>(names: impl Iterator<Item = &'a &'a str>, count: usize) -> String {
+    let names = names.take(NAMED).copied().collect::<Vec<_>>().join(", ");
+    match count {
+        0 => String::new(),
+        _ if count > NAMED => format!(" ({names} and {} more)", count - NAMED),
+        _ => format!(" ({names})"),
+    }
+}
+
+/// Who can be in the way of others.
 struct Ways<'a> {
-    in_change: BTreeSet<&'a str>,
-    control_planes: BTreeSet<&'a str>,
-    stuck: BTreeSet<&'a str>,
-    failed: BTreeSet<&'a str>,
+    in_change: Way<'a>,
+    control_planes: Way<'a>,
+    stuck: Way<'a>,
+    failed: Way<'a>,
 }
 
 impl<'a> Ways<'a> {
-    fn of(nodes: &'a [NodeFacts]) -> Self {
-        let named = |holds: &dyn Fn(&NodeFacts) -> bool| -> BTreeSet<&'a str> {
-            nodes.iter().filter(|node| holds(node)).map(|node| node.name.as_str()).collect()
+    fn of(nodes: &'a [Arc<NodeFacts>]) -> Self {
+        let named = |holds: &dyn Fn(&NodeFacts) -> bool| -> Way<'a> {
+            let all: BTreeSet<&'a str> =
+                nodes.iter().filter(|node| holds(node)).map(|node| node.name.as_str()).collect();
+            let for_others = list_of(all.iter(), all.len());
+            Way { all, for_others }
         };
         let in_change = |node: &NodeFacts| node.view.slot_used() || !node.ready;
         Self {
@@ -215,16 +245,7 @@ impl<'a> Ways<'a> {
 
 /// What a node waits for, in words that name who is in the way.
 fn words(waiting: &Waiting, ways: &Ways<'_>) -> String {
-    let who = |all: &BTreeSet<&str>| {
-        let others = all.len() - usize::from(all.contains(waiting.node.as_str()));
-        let names = all.iter().filter(|name| **name != waiting.node).take(NAMED).copied();
-        let names = names.collect::<Vec<_>>().join(", ");
-        match others {
-            0 => String::new(),
-            _ if others > NAMED => format!(" ({names} and {} more)", others - NAMED),
-            _ => format!(" ({names})"),
-        }
-    };
+    let who = |way: &Way<'_>| way.words(&waiting.node.name);
     match waiting.reason {
         "NoFreeSlot" => format!("a free slot{}", who(&ways.in_change)),
         "OneControlPlaneAtATime" => {
@@ -253,7 +274,7 @@ fn words(waiting: &Waiting, ways: &Ways<'_>) -> String {
 }
 
 /// Seconds until the last node is done, by what those that are done took.
-fn remaining(nodes: &[NodeFacts], noted: &Noted, policy: &Policy, now: Timestamp) -> Option<u64> {
+fn remaining(nodes: &[Arc<NodeFacts>], noted: &Noted, policy: &Policy, now: Timestamp) -> Option<u64> {
     if noted.phase != Phase::Roll {
         return None;
     }
@@ -262,7 +283,7 @@ fn remaining(nodes: &[NodeFacts], noted: &Noted, policy: &Policy, now: Timestamp
         noted.nodes.values().filter_map(|node| Some(took(node.leased_at?, node.migrated_at?))).collect();
     let count = u64::try_from(finished.len()).ok().filter(|count| *count > 0)?;
     let mean = finished.iter().sum::<u64>().div_ceil(count);
-    let open: Vec<&NodeFacts> = nodes.iter().filter(|node| !is_done(node)).collect();
+    let open: Vec<&Arc<NodeFacts>> = nodes.iter().filter(|node| !is_done(node)).collect();
     let running = open.iter().filter(|node| node.view.slot_used());
     let longest = running
         .map(|node| {

@@ -19,6 +19,14 @@ fn node(name: &str, network: Network, state: State) -> NodeFacts {
     node
 }
 
+fn shared(nodes: &[NodeFacts]) -> Vec<Arc<NodeFacts>> {
+    nodes.iter().cloned().map(Arc::new).collect()
+}
+
+fn compose(nodes: &[NodeFacts], own: Option<&str>, noted: &Noted, policy: &Policy, now: Timestamp) -> Status {
+    super::compose(&shared(nodes), own, noted, policy, now)
+}
+
 fn leased(mut node: NodeFacts) -> NodeFacts {
     node.view.lease = Field::Present(Epoch::FIRST);
     node
@@ -81,8 +89,13 @@ fn of_many_in_the_way_a_few_are_named() {
     let busy = (0..9).map(|i| leased(node(&format!("a{i}"), Network::None, State::Switching)));
     let mut nodes: Vec<NodeFacts> = busy.collect();
     nodes.push(node("z", Network::Flannel, State::Flannel));
-    let words = Waiting { node: "z".into(), reason: "NoFreeSlot", until: None };
-    assert_eq!(super::words(&words, &Ways::of(&nodes)), "a free slot (a0, a1, a2, a3, a4 and 4 more)");
+    let nodes = shared(&nodes);
+    let words = |node: &Arc<NodeFacts>| {
+        let waiting = Waiting { node: Arc::clone(node), reason: "NoFreeSlot", until: None };
+        super::words(&waiting, &Ways::of(&nodes))
+    };
+    assert_eq!(words(&nodes[9]), "a free slot (a0, a1, a2, a3, a4 and 4 more)");
+    assert_eq!(words(&nodes[1]), "a free slot (a0, a2, a3, a4, a5 and 3 more)");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The command `status`: composes what a kubeconfig may read, and prints it once or whenever it changes.
 
 use std::io::{IsTerminal as _, Write as _};
+use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -119,7 +120,7 @@ async fn look(client: &Client, nodes: &Nodes, options: &Options) -> api::Result<
 }
 
 /// What the coordinator left, with what the Lease and the nodes know better.
-fn noted(kept: Option<&Status>, lease: Option<Lease>, nodes: &[NodeFacts]) -> Noted {
+fn noted(kept: Option<&Status>, lease: Option<Lease>, nodes: &[Arc<NodeFacts>]) -> Noted {
     let mut noted = kept.map(Noted::from).unwrap_or_default();
     let spec = lease.and_then(|lease| lease.spec).unwrap_or_default();
     let version = |identity: &str| match &noted.coordinator {

@@ -25,7 +25,7 @@ fn without_a_status_the_nodes_tell_the_phase() {
     for (node, phase) in
         [(untouched, Phase::NotStarted), (labelled, Phase::Roll), (migrated, Phase::Complete)]
     {
-        assert_eq!(noted(None, None, &[node]).phase, phase);
+        assert_eq!(noted(None, None, &[node.into()]).phase, phase);
     }
 }
 

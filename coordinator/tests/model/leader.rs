@@ -1,6 +1,7 @@
 //! A coordinator: its decisions and patches are the real ones; its watch, its tasks and its leadership are simulated.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_coordinator::args::Policy;
@@ -176,7 +177,7 @@ impl Leader {
     }
 
     /// The newest of what was seen and what was written, as the program keeps them.
-    fn facts(&self, store: &Store) -> Vec<NodeFacts> {
+    fn facts(&self, store: &Store) -> Vec<Arc<NodeFacts>> {
         self.seen
             .iter()
             .map(|(name, seen)| {
@@ -188,7 +189,7 @@ impl Leader {
                 } else {
                     seen
                 };
-                object.facts(name)
+                Arc::new(object.facts(name))
             })
             .collect()
     }

@@ -1,0 +1,9 @@
+//! The cluster as it is watched: nodes as plain data for decisions, and a wake-up whenever one changes.
+
+mod facts;
+mod nodes;
+mod watched;
+
+pub use facts::{Node, NodeFacts};
+pub use nodes::{Nodes, Snapshot};
+pub use watched::{WATCH_SECONDS, Watched};

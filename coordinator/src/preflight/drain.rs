@@ -13,8 +13,8 @@ use kube::ResourceExt as _;
 use kube::api::ObjectMeta;
 use kube::core::{Selector, SelectorExt as _};
 
-use super::Finding;
 use super::quantity::{Room, Takes as _};
+use super::{Finding, Severity};
 use crate::cluster::NodeFacts;
 use crate::discover::FlannelDaemon;
 use crate::drain::must_leave;
@@ -155,10 +155,7 @@ fn forbids(budget: &PodDisruptionBudget, leaving: &[&Pod]) -> Option<Finding> {
         .collect();
     let (first, more) = (pods.first()?, pods.len() - 1);
     let pods = if more > 0 { format!("{first} and {more} more") } else { first.clone() };
-    // One that would allow an eviction if all its pods were healthy may do so in a moment, as after its pods were started.
-    let weigh =
-        if status.expected_pods > status.desired_healthy { Finding::warning } else { Finding::holds_node };
-    Some(weigh(
+    let mut finding = Finding::holds_node(
         "BudgetForbidsEviction",
         format!("PodDisruptionBudget {}/{}", namespace.unwrap_or_default(), budget.name_any()),
         format!(
@@ -166,7 +163,12 @@ fn forbids(budget: &PodDisruptionBudget, leaving: &[&Pod]) -> Option<Finding> {
             status.current_healthy, status.expected_pods, status.desired_healthy
         ),
         "Run more or healthy replicas, let the budget allow one eviction, or use STRATEGY=in-place",
-    ))
+    );
+    // One that would allow an eviction if all its pods were healthy may do so in a moment, as after its pods were started.
+    if status.expected_pods > status.desired_healthy {
+        finding.severity = Severity::Warning;
+    }
+    Some(finding)
 }
 
 /// Whether the API server asks the budget before it evicts the pod: not for one that never ran, nor, mostly, for one that isn't ready

@@ -294,10 +294,26 @@ pub fn after_boot(journal: &mut Journal, site: &Site) -> Result<(), Error> {
     journal.entry.boot = boot;
     // The loopback is new.
     journal.entry.kept.clear();
-    if first || journal.entry.progress.is_empty() {
+    if first {
+        return Ok(());
+    }
+    // What was captured is of links and pods that are no more: another lease looks anew.
+    if matches!(journal.entry.state, State::Preparing | State::Prepared) {
+        journal.entry.captured = None;
+        journal.entry.evict.clear();
+        let why = "the node was rebooted before its switch";
+        return Ok(journal.enter(State::Flannel, "Rebooted", why)?);
+    }
+    if journal.entry.progress.is_empty() && journal.entry.state != State::Switching {
         return Ok(());
     }
     journal.entry.progress.retain(|(op, _)| op.outlives_the_kernel());
+    // No pod lives on that was taken over; its address isn't to be registered any more.
+    if let Some(captured) =
+        journal.entry.captured.as_mut().filter(|_| journal.entry.state == State::Verifying)
+    {
+        captured.pods.clear();
+    }
     journal.write()?;
     // In `reverting` Calico's pod may have come back with the boot: that is waited for, as without one.
     if matches!(journal.entry.state, State::Switching | State::Stuck) {
@@ -305,3 +321,7 @@ pub fn after_boot(journal: &mut Journal, site: &Site) -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "work_tests.rs"]
+mod tests;

@@ -152,6 +152,7 @@ impl Agent {
         }
         if trouble.is_some() {
             self.metrics.step_failed();
+            self.recall();
         }
         self.trouble = trouble;
         let entry = &self.journal.entry;
@@ -166,8 +167,10 @@ impl Agent {
             self.untold = entered && !finished;
             return true;
         }
-        if self.journal.exists() {
-            self.publish(&seen, "").await;
+        if self.journal.exists() || managed && self.trouble.is_some() {
+            let step =
+                self.trouble.as_ref().map_or_else(String::new, |trouble| format!("not done: {trouble}"));
+            self.publish(&seen, &step).await;
         }
         false
     }
@@ -255,6 +258,8 @@ impl Agent {
         };
         match done {
             Ok(()) => Ok(()),
+            // Undoing needs the journal as well. Nothing is changed until it can be written; then it is gone on with.
+            Err(error @ steps::Error::Journal(_)) => Err(error.into()),
             Err(error) => {
                 Ok(self.blocking(move |journal, site| work::back_out(journal, site, &error)).await?)
             }
@@ -295,6 +300,21 @@ impl Agent {
         }
     }
 
+    // What isn't durable hasn't happened: after a failure, what is on disk is gone on from; unless somebody took it away.
+    fn recall(&mut self) {
+        let opened = Journal::open(&self.args.state_dir, &self.args.node_name).map_err(steps::Error::from);
+        let opened = opened.and_then(|mut journal| {
+            work::after_boot(&mut journal, &self.site)?;
+            Ok(journal)
+        });
+        match opened {
+            Ok(journal) if journal.exists() || self.journal.entry.progress.is_empty() => {
+                self.journal = journal;
+            }
+            _ => {}
+        }
+    }
+
     async fn publish(&mut self, seen: &Seen, step: &str) {
         self.untold = false;
         match self.node.publish(seen, &self.journal.entry, step, self.host.as_ref()).await {
@@ -322,6 +342,17 @@ impl Agent {
         let files: Vec<_> = configs.iter().map(|config| config.path.display().to_string()).collect();
         debug!(node = self.site.node, files = files.join(" "), "CNI configs changed");
         let moved = matches!(self.journal.entry.state, State::Verifying | State::Calico);
+        if let Some(first) =
+            configs.first().filter(|first| moved && !first.is_flannels() && !first.is_calicos())
+        {
+            let file = first.path.display().to_string();
+            warn!(
+                node = self.site.node,
+                epoch = self.epoch(),
+                file,
+                "another CNI config comes before Calico's: new pods get its network"
+            );
+        }
         if moved && configs.iter().any(cni::Config::is_flannels) {
             warn!(
                 node = self.site.node,

@@ -172,7 +172,11 @@ pub fn undo(journal: &mut Journal, site: &Site, reason: &str, message: &str) -> 
         guests::reserve(journal, site, &guests)?;
         calicos::make_way(journal)?;
     }
-    if let Err(failures) = steps::undo(journal, site) {
+    if let Err(mut failures) = steps::undo(journal, site) {
+        // No person is needed for what is only not noted: it is undone when it can be.
+        if let Some(at) = failures.iter().position(|(_, error)| matches!(error, Error::Journal(_))) {
+            return Err(failures.swap_remove(at).1);
+        }
         let failures: Vec<String> =
             failures.iter().map(|(op, error)| format!("{}: {}", op.as_str(), error.chain())).collect();
         let directory = journal.directory().display().to_string();

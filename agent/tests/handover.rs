@@ -239,6 +239,33 @@ fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with(
 }
 
 #[test]
+fn an_undo_that_can_note_nothing_changes_nothing() {
+    let world = World::new(2);
+    let before = world.snapshot();
+    let mut journal = world.captured(true);
+    let site = world.site(true);
+    switch(&world, &mut journal, &site);
+    let look = || {
+        let (node, directory) = (world.node(), world.directory.path().display());
+        sh(&format!(
+            "ip -n {node} -o link; ip -n {node} route; find {directory}/net.d -type f -exec cksum {{}} +"
+        ))
+    };
+    let switched = look();
+    let (kept, away) = (world.path("journal"), world.path("away"));
+    std::fs::rename(&kept, &away).unwrap();
+    std::fs::write(&kept, "in the directory's place").unwrap();
+    let failures = world.inside(|| undo(&mut journal, &site).unwrap_err());
+    assert_eq!(failures.len(), Op::SWITCH.len(), "{failures:?}");
+    assert_eq!(switched, look(), "nothing could be noted");
+    std::fs::remove_file(&kept).unwrap();
+    std::fs::rename(&away, &kept).unwrap();
+    let mut journal = Journal::open(&kept, "n1").unwrap();
+    world.inside(|| undo(&mut journal, &site).unwrap());
+    assert_same(&before, &world.snapshot(), "undone once it could be");
+}
+
+#[test]
 fn nothing_of_flannels_is_left_once_calico_stands() {
     let world = World::new(1);
     let mut journal = world.captured(true);

@@ -50,6 +50,12 @@ impl Config {
         self.plugins.iter().any(|plugin| plugin == "flannel") || self.is_canals()
     }
 
+    /// Whether Calico's plugin makes the link, and no other gives the address but its own.
+    #[must_use]
+    pub fn is_calicos(&self) -> bool {
+        self.plugins.first().is_some_and(|plugin| plugin == "calico") && !self.is_canals()
+    }
+
     /// Whether this is Canal's: Calico's plugin for the link, host-local for the address.
     fn is_canals(&self) -> bool {
         let value: Value = serde_json::from_str(&self.text).unwrap_or_default();
@@ -310,5 +316,7 @@ mod tests {
         assert_eq!(names, ["cbr0", "k8s-pod-network", "k8s-pod-network", "x"]);
         let flannels: Vec<_> = configs.iter().map(Config::is_flannels).collect();
         assert_eq!(flannels, [true, true, false, false], "flannel's and Canal's");
+        let calicos: Vec<_> = configs.iter().map(Config::is_calicos).collect();
+        assert_eq!(calicos, [false, false, true, false]);
     }
 }

@@ -210,11 +210,7 @@ pub fn undo(journal: &mut Journal, site: &Site) -> Result<(), Vec<(Op, Error)>> 
             continue;
         }
         let started = std::time::Instant::now();
-        let undone = match journal.entry.captured.as_ref() {
-            Some(captured) => restore(journal, captured, site, op),
-            None => Err(Error::NotCaptured),
-        };
-        match undone.and_then(|()| journal.forget(op).map_err(Error::from)) {
+        match take_back(journal, site, op) {
             Ok(()) => {
                 tracing::info!(
                     step = "undo",
@@ -230,6 +226,16 @@ pub fn undo(journal: &mut Journal, site: &Site) -> Result<(), Vec<(Op, Error)>> 
         }
     }
     if failures.is_empty() { Ok(()) } else { Err(failures) }
+}
+
+// Noted as begun first: whoever goes on after a crash in between, or with a disk that has become full, must not take it for done.
+fn take_back(journal: &mut Journal, site: &Site, op: Op) -> Result<(), Error> {
+    if journal.progress(op) == Some(Progress::Done) {
+        journal.note(op, Progress::Begun)?;
+    }
+    let captured = journal.entry.captured.as_ref().ok_or(Error::NotCaptured)?;
+    restore(journal, captured, site, op)?;
+    Ok(journal.forget(op)?)
 }
 
 fn restore(journal: &Journal, captured: &Captured, site: &Site, op: Op) -> Result<(), Error> {

@@ -15,7 +15,7 @@ use crate::host::cni::{self, Attachment};
 use crate::host::sysctl::{self, Table};
 use crate::host::{files, netns};
 use crate::journal::Journal;
-use crate::steps::{Error, Op, Site};
+use crate::steps::{self, Error, Op, Site};
 
 /// Name of flannel's CNI network in all of its manifests; where the node's own is unknown.
 const NETWORK: &str = "cbr0";
@@ -168,6 +168,8 @@ fn rename_record(site: &Site, guest: &Attachment, network: &str) -> Result<(), E
 pub fn connect(journal: &Journal, guests: &[Attachment]) -> Result<(), Error> {
     let bridge = journal.entry.captured.as_ref().and_then(|captured| captured.bridge.as_ref());
     let (Some(bridge), false) = (bridge, guests.is_empty()) else { return Ok(()) };
+    // The undoing has made it, unless the node was rebooted in between.
+    steps::bridge::make_anew(bridge)?;
     sysctl::write(Table::Conf4, &bridge.link.name, "proxy_arp", "1")?;
     Ok(sysctl::write(Table::Neigh4, &bridge.link.name, "proxy_delay", "0")?)
 }

@@ -239,6 +239,30 @@ fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with(
 }
 
 #[test]
+fn a_bridge_that_a_boot_took_is_made_anew() {
+    let world = World::new(1);
+    let journal = world.captured(true);
+    let bridge = journal.entry.captured.unwrap().bridge.unwrap();
+    let node = world.node();
+    let look = || {
+        sh(&format!(
+            "ip -n {node} -o -4 address show cni0 | awk '{{print $2, $4}}'; ip -n {node} route show dev cni0"
+        ))
+    };
+    let before = look();
+    // Its index is another's.
+    sh(&format!(
+        "ip -n {node} link del cni0; ip -n {node} link add other index {} type bridge",
+        bridge.link.index
+    ));
+    for _ in 0..2 {
+        world.inside(|| bridge::make_anew(&bridge).unwrap());
+        assert_eq!(before.lines().next(), look().lines().next());
+        assert!(look().contains("src"), "{}", look());
+    }
+}
+
+#[test]
 fn an_undo_that_can_note_nothing_changes_nothing() {
     let world = World::new(2);
     let before = world.snapshot();

@@ -6,7 +6,7 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 
 use crate::host::netlink::Socket;
 use crate::host::{links, messages};
-use crate::journal::Captured;
+use crate::journal::{Bridge, Captured};
 use crate::steps::{Error, detour, pods};
 
 const LOOPBACK: &str = "lo";
@@ -98,4 +98,26 @@ pub fn make(captured: &Captured) -> Result<(), Error> {
     }
     socket.apply(&requests)?;
     let_go(&addresses(captured)?)
+}
+
+/// Makes the bridge where a boot took it, with another index, unless it is there.
+pub fn make_anew(bridge: &Bridge) -> Result<(), Error> {
+    let mut socket = Socket::open()?;
+    let named = |socket: &mut Socket| -> Result<Option<u32>, Error> {
+        let present = links::links(socket)?;
+        Ok(present.iter().find(|link| link.name == bridge.link.name).map(|link| link.index))
+    };
+    if named(&mut socket)?.is_none() {
+        socket.apply(&[messages::bridge(&links::Link { index: 0, ..bridge.link.clone() })])?;
+    }
+    let Some(index) = named(&mut socket)? else { return Ok(()) };
+    let mut requests = vec![messages::up(index)];
+    for saved in &bridge.addresses {
+        let mut request = saved.restore()?;
+        if let RouteNetlinkMessage::NewAddress(address) = &mut request.message {
+            address.header.index = index;
+        }
+        requests.push(request);
+    }
+    Ok(socket.apply(&requests)?)
 }

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use crate::{bed::containerd::Containerd, cache, parts::Parts, run, say::Progress};
 
 pub use peer::peer;
-pub use project::{Product, coordinator, echo, product};
+pub use project::{Product, Size, coordinator, echo, product, sizes};
 pub use stock::PAUSE;
 
 /// What goes into the base that stands in for the official images' Debian.
@@ -84,12 +84,24 @@ pub fn link_store(store: &Path, root: &Path) -> Result<()> {
 
 /// The tar of the stand-in base.
 fn base() -> Result<PathBuf> {
-    let key = cache::key([BASE_PACKAGES.as_bytes(), BASE_SUITE.as_bytes(), b"2"]);
-    let directory = cache::entry("base", &key, |directory| {
+    debian("base", BASE_PACKAGES)
+}
+
+/// The tar of a base that holds what the official slim one does, and nothing that the images need beyond it.
+pub fn slim() -> Result<PathBuf> {
+    debian("slim", "")
+}
+
+fn debian(name: &str, packages: &str) -> Result<PathBuf> {
+    let key = cache::key([packages.as_bytes(), BASE_SUITE.as_bytes(), b"2"]);
+    let directory = cache::entry(name, &key, |directory| {
         eprintln!("images: installing a stand-in for the official Debian base (about a minute)");
         let tar = directory.join("base.tar");
-        let include = format!("--include={BASE_PACKAGES}");
-        let mut arguments = vec!["--variant=minbase", "--mode=root", include.as_str(), "--quiet"];
+        let include = format!("--include={packages}");
+        let mut arguments = vec!["--variant=minbase", "--mode=root", "--quiet"];
+        if !packages.is_empty() {
+            arguments.push(&include);
+        }
         for drop in ["doc/*", "man/*", "locale/*", "info/*"] {
             arguments.push(match drop {
                 "doc/*" => "--dpkgopt=path-exclude=/usr/share/doc/*",

@@ -1,9 +1,10 @@
-//! The benchmark: what a migration costs beside Calico's own controller, what the coordinator costs in big clusters, and what a switch
-//! costs by the number of pods. Each run leaves its figures as JSON under `target/bench`; [`report`] makes one text of them all.
+//! The benchmark: what a migration costs beside Calico's own controller, what the coordinator costs in big clusters, what a switch
+//! costs by the number of pods, and how large the images are. Each run leaves its figures as JSON under `target/bench`; [`report`] makes one text of them all.
 
 pub mod agents;
 pub mod audit;
 pub mod history;
+pub mod images;
 pub mod objects;
 pub mod process;
 pub mod relay;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use jiff::Timestamp;
 
 use super::{
-    checkout, history, kept, rest, scale,
+    checkout, history, images, kept, rest, scale,
     sides::{Figures, Side},
     stats::{Spread, float, number, shown},
     svg::{self, Bar},
@@ -30,18 +30,22 @@ pub struct Kept {
     pub switch: Vec<switch::Figures>,
     /// Of the agent at rest.
     pub rest: Vec<rest::Figures>,
+    /// Of the images.
+    pub images: Vec<images::Figures>,
 }
 
 impl Kept {
     /// Reads what is kept.
     pub fn read() -> Result<Self> {
         let (switch, rest): (Vec<Vec<_>>, Vec<Vec<_>>) = (kept("switch")?, kept("rest")?);
+        let images: Vec<Vec<_>> = kept("images")?;
         Ok(Self {
             sides: kept("sides-")?,
             scale: kept("scale-")?,
             before: kept("before-scale-")?,
             switch: switch.into_iter().flatten().collect(),
             rest: rest.into_iter().flatten().collect(),
+            images: images.into_iter().flatten().collect(),
         })
     }
 

@@ -1,4 +1,4 @@
-//! `hack/bench`: measures a migration beside Calico's own controller, the coordinator in big clusters, and the agent.
+//! `hack/bench`: measures a migration beside Calico's own controller, the coordinator in big clusters, the agent, and the images.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use flannel_migration_tests::bench::{report, rest, scale, sides, switch};
+use flannel_migration_tests::bench::{images, report, rest, scale, sides, switch};
 
 /// Measures, and writes docs/bench.md with its charts. The figures of each run stay in target/bench.
 #[derive(Parser)]
@@ -40,6 +40,8 @@ enum Action {
         #[arg(long, default_value_t = 60)]
         rest: u64,
     },
+    /// The images of coordinator and agent: how large they are, as a registry holds them and unpacked.
+    Images,
     /// Only write the report, of the figures that are there.
     Report,
     /// All of it.
@@ -81,8 +83,10 @@ fn run(action: Action) -> Result<()> {
         Action::Sides(args) => compare(args, &testbed)?,
         Action::Scale { nodes } => nodes.iter().try_for_each(|count| scale::run(*count, &testbed))?,
         Action::Agent { pods, times, rest } => agent(&pods, times, Duration::from_secs(rest), &testbed)?,
+        Action::Images => images::run()?,
         Action::Report => {}
         Action::All => {
+            images::run()?;
             agent(&[1, 10, 50, 110], 5, Duration::from_mins(1), &testbed)?;
             [100, 1000, 5000].iter().try_for_each(|count| scale::run(*count, &testbed))?;
             let args = SidesArgs { rounds: 3, first: 1, only: Vec::new(), nodes: 3, pods_per_node: None };

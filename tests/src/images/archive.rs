@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 /// A file of a layer.
@@ -141,10 +141,77 @@ pub fn write(path: &Path, images: &[Image]) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of an image in an OCI layout that holds no other: configuration and layers, as they are there.
+pub fn compressed(layout: &Path) -> Result<u64> {
+    let read = |path: &Path| -> Result<Value> {
+        let text = fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
+        Ok(serde_json::from_slice(&text)?)
+    };
+    let index = read(&layout.join("index.json"))?;
+    let digest = index.pointer("/manifests/0/digest").and_then(Value::as_str);
+    let manifest = digest.context("the layout names no manifest")?.replacen(':', "/", 1);
+    let manifest = read(&layout.join("blobs").join(manifest))?;
+    let layers = manifest.get("layers").and_then(Value::as_array).context("the manifest names no layers")?;
+    layers
+        .iter()
+        .chain(manifest.get("config"))
+        .map(|blob| blob.get("size").and_then(Value::as_u64).context("a blob without a size"))
+        .sum()
+}
+
+/// Bytes of the layers in a docker-archive, which are not compressed.
+pub fn unpacked(archive: &Path) -> Result<u64> {
+    let mut tar = tar::Archive::new(File::open(archive)?);
+    let mut all = 0;
+    for entry in tar.entries()? {
+        let entry = entry?;
+        let layer = entry.path()?.extension().is_some_and(|extension| extension == "tar");
+        if layer && entry.header().entry_type().is_file() {
+            all += entry.size();
+        }
+    }
+    Ok(all)
+}
+
 fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_as_large_as_its_layers_and_its_configuration() {
+        let directory = tempfile::tempdir().unwrap();
+        let blobs = directory.path().join("blobs/sha256");
+        fs::create_dir_all(&blobs).unwrap();
+        let put = |path: &Path, value: Value| fs::write(path, value.to_string()).unwrap();
+        put(&directory.path().join("index.json"), json!({ "manifests": [{ "digest": "sha256:m" }] }));
+        put(
+            &blobs.join("m"),
+            json!({ "config": { "size": 1 }, "layers": [{ "size": 20 }, { "size": 300 }] }),
+        );
+        assert_eq!(compressed(directory.path()).unwrap(), 321);
+        put(&blobs.join("m"), json!({ "config": {}, "layers": [] }));
+        assert!(compressed(directory.path()).is_err());
+    }
+
+    #[test]
+    fn layers_are_counted_once_and_configurations_are_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        fs::write(&program, [7; 5000]).unwrap();
+        let files = Files::from([("/program", Content::Program(program))]);
+        let layer = layer(&directory.path().join("layer"), &files).unwrap();
+        let size = fs::metadata(&layer.path).unwrap().len();
+        let image = |name| Image { names: vec![name], layers: vec![layer.clone()], entrypoint: vec![] };
+        let archive = directory.path().join("archive.tar");
+        write(&archive, &[image("a"), image("b")]).unwrap();
+        assert_eq!(unpacked(&archive).unwrap(), size);
     }
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 use super::archive::{self, Content, Files, Image, Layer};
 use crate::{cache, run, say::Progress};
@@ -18,6 +19,9 @@ pub const ECHO: &str = "docker.io/flannel-migration/echo:bed";
 pub const COORDINATOR: &str = "ghcr.io/flannel-migration/coordinator:v0.1.0";
 /// What the manifests name.
 pub const AGENT: &str = "ghcr.io/flannel-migration/agent:v0.1.0";
+
+/// The profile of what goes onto the test bed's nodes.
+const BED: &str = "bed";
 
 /// The product's images, as archives to be loaded into nodes.
 #[derive(Debug, Clone)]
@@ -31,7 +35,7 @@ pub struct Product {
 /// Builds the product's images where they changed.
 pub fn product(base: &Path) -> Result<Product> {
     let source = source()?;
-    let programs = programs(source, &["coordinator", "agent"])?;
+    let programs = programs(source, BED, &["coordinator", "agent"])?;
     let dockerfile = fs::read(source.join("Dockerfile")).context("can't read the Dockerfile")?;
     let mut inputs = vec![dockerfile, base.display().to_string().into_bytes()];
     for name in ["coordinator", "agent"] {
@@ -40,16 +44,13 @@ pub fn product(base: &Path) -> Result<Product> {
     let key = cache::key(inputs.iter().map(Vec::as_slice));
     let directory = cache::entry("product", &key, |directory| {
         let mut progress = Progress::new("images", 2);
-        // The seam of the Dockerfile: a directory in place of its stage `bin`.
-        let bin = directory.join("bin");
-        fs::create_dir_all(&bin)?;
-        for name in ["coordinator", "agent"] {
-            fs::copy(programs.join(name), bin.join(name))?;
-        }
+        let bin = bin(directory, &programs)?;
         let buildah = Buildah::new(base)?;
         for (target, name) in [("coordinator", COORDINATOR), ("agent", AGENT)] {
             progress.step(target);
-            buildah.build(source, &bin, target, name, &directory.join(format!("{target}.tar")))?;
+            buildah.build(source, &bin, target, name)?;
+            buildah.archive(name, &directory.join(format!("{target}.tar")))?;
+            buildah.forget(name)?;
         }
         progress.done("coordinator and agent are built");
         Ok(())
@@ -57,14 +58,61 @@ pub fn product(base: &Path) -> Result<Product> {
     Ok(Product { coordinator: directory.join("coordinator.tar"), agent: directory.join("agent.tar") })
 }
 
+/// The seam of the Dockerfile: a directory in place of its stage `bin`.
+fn bin(directory: &Path, programs: &Path) -> Result<PathBuf> {
+    let bin = directory.join("bin");
+    fs::create_dir_all(&bin)?;
+    for name in ["coordinator", "agent"] {
+        fs::copy(programs.join(name), bin.join(name))?;
+    }
+    Ok(bin)
+}
+
+/// How large an image is, in bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Size {
+    /// Which.
+    pub name: String,
+    /// As a registry holds it: each layer compressed by gzip.
+    pub compressed: u64,
+    /// Unpacked.
+    pub uncompressed: u64,
+}
+
+/// Builds the product's images as users do, of the release profile's programs on the base `slim`; how large they are.
+pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
+    let source = source()?;
+    let programs = programs(source, "release", &["coordinator", "agent"])?;
+    let scratch = tempfile::tempdir()?;
+    let bin = bin(scratch.path(), &programs)?;
+    let buildah = Buildah::new(slim)?;
+    [("coordinator", COORDINATOR), ("agent", AGENT)]
+        .into_iter()
+        .map(|(target, name)| {
+            eprintln!("images: building {target}");
+            buildah.build(source, &bin, target, name)?;
+            let (archive, layout) =
+                (scratch.path().join(format!("{target}.tar")), scratch.path().join(target));
+            buildah.archive(name, &archive)?;
+            buildah.push(name, &format!("oci:{}:size", layout.display()))?;
+            buildah.forget(name)?;
+            Ok(Size {
+                name: target.to_owned(),
+                compressed: archive::compressed(&layout)?,
+                uncompressed: archive::unpacked(&archive)?,
+            })
+        })
+        .collect()
+}
+
 /// Builds the coordinator as its image holds it; the program's path.
 pub fn coordinator() -> Result<PathBuf> {
-    Ok(programs(source()?, &["coordinator", "agent"])?.join("coordinator"))
+    Ok(programs(source()?, BED, &["coordinator", "agent"])?.join("coordinator"))
 }
 
 /// Builds the workload's image where it changed.
 pub fn echo() -> Result<PathBuf> {
-    let program = programs(source()?, &["echo"])?.join("echo");
+    let program = programs(source()?, BED, &["echo"])?.join("echo");
     let key = cache::key([fs::read(&program)?.as_slice()]);
     let directory = cache::entry("echo", &key, |directory| {
         let files = Files::from([("/echo", Content::Program(program))]);
@@ -80,7 +128,7 @@ fn source() -> Result<&'static Path> {
 }
 
 /// Builds programs statically, for images that hold nothing else; returns the directory they are in.
-fn programs(source: &Path, names: &[&str]) -> Result<PathBuf> {
+fn programs(source: &Path, profile: &str, names: &[&str]) -> Result<PathBuf> {
     let version = run::output(&mut run::command("rustc", &["-vV"]))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
     eprintln!("images: compiling {}", names.join(" and "));
@@ -98,12 +146,12 @@ fn programs(source: &Path, names: &[&str]) -> Result<PathBuf> {
             cargo.env_remove(&name);
         }
     }
-    cargo.args(["build", "--quiet", "--profile", "bed", "--target", host]);
+    cargo.args(["build", "--quiet", "--profile", profile, "--target", host]);
     for name in names {
         cargo.args(["--bin", name]);
     }
     run::output(&mut cargo)?;
-    Ok(target.join(host).join("bed"))
+    Ok(target.join(host).join(profile))
 }
 
 /// buildah with a storage of its own in the cache, where finished layers stay.
@@ -132,7 +180,7 @@ impl Buildah {
         Ok(Self { storage })
     }
 
-    fn build(&self, source: &Path, bin: &Path, target: &str, name: &str, archive: &Path) -> Result<()> {
+    fn build(&self, source: &Path, bin: &Path, target: &str, name: &str) -> Result<()> {
         let base = self.storage.join("base.tar");
         if base.exists() {
             self.run(&["pull", "--quiet", &format!("docker-archive:{}", base.display())])?;
@@ -142,10 +190,20 @@ impl Buildah {
         let source = source.display().to_string();
         let build = ["bud", "--quiet", "--isolation", "chroot", "--pull-never", "--layers"];
         let what = ["--build-context", &context, "--target", target, "--tag", name, &source];
-        self.run(&[&build[..], &what[..]].concat())?;
+        self.run(&[&build[..], &what[..]].concat())
+    }
+
+    fn archive(&self, name: &str, archive: &Path) -> Result<()> {
         let _ = fs::remove_file(archive);
-        self.run(&["push", "--quiet", name, &format!("docker-archive:{}:{name}", archive.display())])?;
-        // The layers stay for the next build, the image itself is in the archive.
+        self.push(name, &format!("docker-archive:{}:{name}", archive.display()))
+    }
+
+    fn push(&self, name: &str, to: &str) -> Result<()> {
+        self.run(&["push", "--quiet", name, to])
+    }
+
+    /// The layers stay for the next build.
+    fn forget(&self, name: &str) -> Result<()> {
         self.run(&["rmi", "--force", name])
     }
 

@@ -1,6 +1,6 @@
 //! What was aimed at, and what was reached.
 
-use super::{Kept, flows, table};
+use super::{Kept, costs::mb, flows, table};
 use crate::bench::{
     history,
     sides::Side,
@@ -111,6 +111,8 @@ fn costs(kept: &Kept) -> Vec<Goal> {
     };
     let switch = kept.switch.iter().filter(|figures| figures.pods == 110).map(|figures| figures.total);
     let rest = kept.rest.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let image =
+        |name: &str| kept.images.iter().find(|image| image.name == name).map(|image| mb(image.compressed));
     vec![
         Goal {
             what: "switch of 110 pods",
@@ -141,6 +143,16 @@ fn costs(kept: &Kept) -> Vec<Goal> {
             what: "agent at rest: processor time",
             aim: "none to be measured".into(),
             reached: at_most(rest.map(|figures| figures.cpu * 60.0 / figures.seconds), 0.05, " s a minute"),
+        },
+        Goal {
+            what: "image of the coordinator, compressed",
+            aim: "under 15 MB".into(),
+            reached: at_most(image("coordinator"), 15.0, " MB"),
+        },
+        Goal {
+            what: "image of the agent, compressed",
+            aim: "under 60 MB".into(),
+            reached: at_most(image("agent"), 60.0, " MB"),
         },
     ]
 }

@@ -15,7 +15,7 @@ use crate::args::Args;
 use crate::decide::{Next, decide};
 use crate::host::{cni, facts};
 use crate::inventory::Known;
-use crate::journal::Journal;
+use crate::journal::{Entry, Journal};
 use crate::metrics::Metrics;
 use crate::node::{OwnNode, PATIENCE, Seen};
 use crate::steps::{self, Site};
@@ -37,7 +37,7 @@ pub struct Agent {
     journal: Journal,
     node: OwnNode,
     waiting: &'static str,
-    /// Whether the state was entered and not told yet.
+    /// Whether something was decided and not told yet.
     untold: bool,
     /// What is seen of the host while nothing is changed there.
     host: Option<HostFacts>,
@@ -137,10 +137,11 @@ impl Agent {
         }
         self.waiting = "";
         if self.untold {
-            // No state is passed over.
+            // No state is passed over, and no reason.
             self.publish(&seen, "").await;
         }
-        let before = self.journal.entry.state;
+        let what = |entry: &Entry| (entry.state, entry.epoch, entry.reason.clone());
+        let (before, told) = (self.journal.entry.state, what(&self.journal.entry));
         let (finished, let_go) = (next == Next::Finish, next == Next::LetGo);
         let done = self.act(next, &seen).await;
         // Said once, however often it is tried again.
@@ -161,10 +162,10 @@ impl Agent {
             info!(node = self.site.node, epoch = self.epoch(), from = %before, state = %entry.state, step = "enter", reason = entry.reason, why = entry.message, "entered");
         }
         self.metrics.see(entry);
-        let entered = entry.state != before;
-        if done.is_ok() && (entered || let_go) {
+        let news = what(entry) != told;
+        if done.is_ok() && (news || let_go) {
             // What is waited for next is known in a moment, and told in the same write.
-            self.untold = entered && !finished;
+            self.untold = news && !finished;
             return true;
         }
         if self.journal.exists() || managed && self.trouble.is_some() {

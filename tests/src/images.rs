@@ -84,24 +84,28 @@ pub fn link_store(store: &Path, root: &Path) -> Result<()> {
 
 /// The tar of the stand-in base.
 fn base() -> Result<PathBuf> {
-    debian("base", BASE_PACKAGES)
+    debian("base", BASE_PACKAGES, &[])
 }
 
 /// The tar of a base that holds what the official slim one does, and nothing that the images need beyond it.
 pub fn slim() -> Result<PathBuf> {
-    debian("slim", "")
+    // Directories are merged when the base is made: the package that merges those of a machine would bring all of Perl.
+    let hooks = [
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+        "--customize-hook=rm -f \"$1\"/var/cache/apt/*.bin",
+    ];
+    debian("slim", "usr-is-merged", &hooks)
 }
 
-fn debian(name: &str, packages: &str) -> Result<PathBuf> {
-    let key = cache::key([packages.as_bytes(), BASE_SUITE.as_bytes(), b"2"]);
+fn debian(name: &str, packages: &str, hooks: &[&str]) -> Result<PathBuf> {
+    let parts = [packages, BASE_SUITE, "2"].into_iter().chain(hooks.iter().copied());
+    let key = cache::key(parts.map(str::as_bytes));
     let directory = cache::entry(name, &key, |directory| {
         eprintln!("images: installing a stand-in for the official Debian base (about a minute)");
         let tar = directory.join("base.tar");
         let include = format!("--include={packages}");
-        let mut arguments = vec!["--variant=minbase", "--mode=root", "--quiet"];
-        if !packages.is_empty() {
-            arguments.push(&include);
-        }
+        let mut arguments = vec!["--variant=minbase", "--mode=root", include.as_str(), "--quiet"];
+        arguments.extend(hooks);
         for drop in ["doc/*", "man/*", "locale/*", "info/*"] {
             arguments.push(match drop {
                 "doc/*" => "--dpkgopt=path-exclude=/usr/share/doc/*",

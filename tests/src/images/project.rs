@@ -45,7 +45,7 @@ pub fn product(base: &Path) -> Result<Product> {
     let directory = cache::entry("product", &key, |directory| {
         let mut progress = Progress::new("images", 2);
         let bin = bin(directory, &programs)?;
-        let buildah = Buildah::new(base)?;
+        let buildah = Buildah::new("buildah", base)?;
         for (target, name) in [("coordinator", COORDINATOR), ("agent", AGENT)] {
             progress.step(target);
             buildah.build(source, &bin, target, name)?;
@@ -85,7 +85,7 @@ pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
     let programs = programs(source, "release", &["coordinator", "agent"])?;
     let scratch = tempfile::tempdir()?;
     let bin = bin(scratch.path(), &programs)?;
-    let buildah = Buildah::new(slim)?;
+    let buildah = Buildah::new("buildah-slim", slim)?;
     [("coordinator", COORDINATOR), ("agent", AGENT)]
         .into_iter()
         .map(|(target, name)| {
@@ -160,9 +160,10 @@ struct Buildah {
 }
 
 impl Buildah {
-    fn new(base: &Path) -> Result<Self> {
+    /// Of one kind there is one storage, that of the newest base.
+    fn new(kind: &str, base: &Path) -> Result<Self> {
         let key = cache::key([base.display().to_string().as_bytes(), b"2"]);
-        let storage = cache::entry("buildah", &key, |directory| {
+        let storage = cache::entry(kind, &key, |directory| {
             // The name that this directory will have, since buildah remembers absolute paths.
             let last = directory.with_extension("");
             let configuration = format!(

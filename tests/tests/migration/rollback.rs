@@ -58,7 +58,8 @@ fn host(bed: &Bed, node: &str) -> BTreeMap<String, String> {
             "links",
             "ip -o -d link | sed -E 's/(group|qlen|tso_max|gso_|gro_|promiscuity|hello_timer|tcn_timer|topology_change_timer|gc_timer|hold_timer|message_age_timer).*//; s/ qdisc [a-z]+//'",
         ),
-        ("routes", "ip route show table all | sort"),
+        // A bridge takes the lowest hardware address of its ports, and keeps the link-local one that it made from an earlier port's.
+        ("routes", "ip route show table all | grep -v '^local fe80::.* dev cni0 ' | sort"),
         ("neighbours", "ip neigh show nud permanent | sort"),
         ("forwarding", "bridge fdb show dev flannel.1 | sort"),
         ("addresses", "ip -o -4 address | awk '{print $2, $4}' | sort"),

@@ -38,24 +38,31 @@ impl Nodes {
         let known = Arc::new(Mutex::new(Known::default()));
         let (tick, changes) = watch::channel(0_u64);
         let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
-        let (store, mut complete) = (Arc::clone(&known), changes.clone());
+        let store = Arc::clone(&known);
+        let (arriving, mut complete) = watch::channel(false);
         let watching = Watching::new(tokio::spawn(async move {
             let mut events = pin!(watcher(Api::<Node>::all(client), config).default_backoff());
             while let Some(event) = events.next().await {
                 match event {
                     Ok(event) => {
+                        let is_list = matches!(event, Event::Init | Event::InitApply(_));
                         if lock(&store).apply(event) {
                             tick.send_modify(|count| *count = count.wrapping_add(1));
                         }
+                        arriving.send_modify(|complete| *complete |= !is_list);
                     }
                     Err(error) => debug!(error = chain(&error), "watch of all nodes interrupted"),
                 }
             }
         }));
-        match tokio::time::timeout(CALL_TIMEOUT, complete.changed()).await {
-            Ok(Ok(())) => Ok(Self { known, changes, _watching: Arc::new(watching) }),
-            _ => Err(Error::Timeout { what: "list all nodes".to_owned() }),
+        // Thousands of nodes may take their time, but not without any arriving.
+        while !*complete.borrow_and_update() {
+            match tokio::time::timeout(CALL_TIMEOUT, complete.changed()).await {
+                Ok(Ok(())) => {}
+                _ => return Err(Error::Timeout { what: "list all nodes".to_owned() }),
+            }
         }
+        Ok(Self { known, changes, _watching: Arc::new(watching) })
     }
 
     /// Remembers the answer to a write until the watch has caught up with it.

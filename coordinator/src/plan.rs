@@ -181,7 +181,9 @@ pub fn plan(known: &Known<'_>, policy: &Policy, now: Timestamp) -> Plan {
     let mut startable: Vec<(&Arc<NodeFacts>, Goal)> = Vec::new();
     // Asked for each node that isn't labelled, answered once.
     let begun = known.nodes.iter().any(|node| !node.view.network.is_absent());
+    let mut slots = Slots::default();
     for node in known.nodes {
+        slots.count(node, known);
         match next(node, known, begun, policy, now) {
             Next::Do(step) => plan.actions.push(Action { node: node.name.clone(), step }),
             Next::Wait(reason, until) => {
@@ -195,31 +197,51 @@ pub fn plan(known: &Known<'_>, policy: &Policy, now: Timestamp) -> Plan {
             Next::Back => plan.back += 1,
         }
     }
-    grant(known, policy, startable, &mut plan);
+    grant(known, policy, startable, slots, &mut plan);
     plan
+}
+
+/// What is in the way of further leases; counted while each node is looked at: to go through thousands once more costs as much.
+#[derive(Clone, Copy, Default)]
+struct Slots {
+    used: usize,
+    control_planes: usize,
+    /// Nodes that failed after they had been changed.
+    touched: usize,
+}
+
+impl Slots {
+    fn count(&mut self, node: &NodeFacts, known: &Known<'_>) {
+        if unavailable(node) || known.granting.contains(&node.name) {
+            self.used += 1;
+            self.control_planes += usize::from(node.control_plane);
+        }
+        self.touched += usize::from(node.view.failures.get().is_some_and(|failures| failures.touched));
+    }
 }
 
 /// Gives leases out: as many as there are free slots, workers first, control planes one at a time, the own node last, nodes that failed
 /// before after those that didn't. Trouble elsewhere stops migrations, not what an administrator asks for.
-fn grant(known: &Known<'_>, policy: &Policy, mut startable: Vec<(&Arc<NodeFacts>, Goal)>, plan: &mut Plan) {
-    // Nodes come by name: almost sorted, that takes one comparison each.
-    startable.sort_by(|(a, _), (b, _)| {
-        let rank = |node: &NodeFacts| {
-            let failed = !node.view.failures.is_absent();
-            (known.own == Some(node.name.as_str()), node.control_plane, failed)
-        };
-        rank(a).cmp(&rank(b)).then_with(|| a.name.cmp(&b.name))
-    });
+fn grant(
+    known: &Known<'_>,
+    policy: &Policy,
+    mut startable: Vec<(&Arc<NodeFacts>, Goal)>,
+    slots: Slots,
+    plan: &mut Plan,
+) {
+    let Slots { mut used, mut control_planes, touched } = slots;
     let max = policy.max_unavailable.of(known.nodes.len());
-    let taken = |node: &&Arc<NodeFacts>| unavailable(node) || known.granting.contains(&node.name);
-    let mut used = known.nodes.iter().filter(taken).count();
-    let mut control_planes = known.nodes.iter().filter(|node| node.control_plane && taken(node)).count();
-    let touched = known
-        .nodes
-        .iter()
-        .filter(|node| node.view.failures.get().is_some_and(|failures| failures.touched))
-        .count();
     let stop = touched >= usize::try_from(policy.max_failures).unwrap_or(usize::MAX);
+    // Without a free slot it doesn't matter who would be the first.
+    if used < max {
+        startable.sort_by(|(a, _), (b, _)| {
+            let rank = |node: &NodeFacts| {
+                let failed = !node.view.failures.is_absent();
+                (known.own == Some(node.name.as_str()), node.control_plane, failed)
+            };
+            rank(a).cmp(&rank(b)).then_with(|| a.name.cmp(&b.name))
+        });
+    }
     let trouble = !plan.alarms.is_empty();
     for (node, goal) in startable {
         let migrate = goal == Goal::Migrate;

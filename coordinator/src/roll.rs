@@ -105,26 +105,36 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
         sleep((looked * REST_AFTER_LOOK).min(LONGEST_REST)).await;
         let next = plan.waiting.iter().filter_map(|waiting| waiting.until).min();
         let pause = next.map_or(SAFETY_TICK, |at| until(now, at).min(SAFETY_TICK));
-        tokio::select! {
-            alive = changes.changed() => if alive.is_err() {
-                return Err(api::Error::Unexpected { what: "watch the nodes".to_owned(), why: "the watch has ended".to_owned() });
+        let mut ended = tokio::select! {
+            alive = changes.changed() => match alive {
+                Ok(()) => None,
+                Err(_) => return Err(over("watch the nodes")),
             },
-            Some(ended) = tasks.join_next() => match ended {
-                Ok((node, result)) => {
-                    busy.remove(&node);
-                    granting.remove(&node);
-                    if let Err(Error::Api(api::Error::NotLeader { what })) = result {
-                        return Err(api::Error::NotLeader { what });
-                    }
-                }
-                Err(panicked) => return Err(api::Error::Unexpected { what: "take a node through".to_owned(), why: panicked.to_string() }),
+            ended = tasks.join_next(), if !tasks.is_empty() => ended,
+            alive = asked.changed() => match alive {
+                Ok(()) => None,
+                Err(_) => return Err(over("watch the Job")),
             },
-            alive = asked.changed() => if alive.is_err() {
-                return Err(api::Error::Unexpected { what: "watch the Job".to_owned(), why: "the watch has ended".to_owned() });
-            },
-            () = sleep(pause) => {}
+            () = sleep(pause) => None,
+        };
+        // All that have ended by now: one look is enough for them.
+        while let Some(one) = ended.or_else(|| tasks.try_join_next()) {
+            let (node, result) = one.map_err(|panicked| api::Error::Unexpected {
+                what: "take a node through".to_owned(),
+                why: panicked.to_string(),
+            })?;
+            busy.remove(&node);
+            granting.remove(&node);
+            if let Err(Error::Api(api::Error::NotLeader { what })) = result {
+                return Err(api::Error::NotLeader { what });
+            }
+            ended = None;
         }
     }
+}
+
+fn over(what: &str) -> api::Error {
+    api::Error::Unexpected { what: what.to_owned(), why: "the watch has ended".to_owned() }
 }
 
 /// Who installs flannel again in mid-run takes it off the label: its pods would come to migrated nodes.

@@ -30,7 +30,7 @@ const LARGEST: usize = 900_000;
 /// It isn't looked at more often than this.
 const SPACING: Duration = Duration::from_secs(1);
 /// Nor for so many times as long as it took to tell: the status grows with the cluster.
-const REST_AFTER_TELLING: u32 = 100;
+const REST_AFTER_TELLING: u32 = 200;
 /// But at least as often as this.
 const LONGEST_SPACING: Duration = Duration::from_secs(10);
 /// What isn't news for the whole cluster, such as a node's next state, isn't written more often than this.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flannel_migration_protocol::{Epoch, Goal, Grant, Network, State, Strategy};
+use flannel_migration_protocol::{Epoch, Evict, Goal, Grant, Network, State, Strategy};
 use kube::api::Api;
 use kube::runtime::events::EventType;
 use serde_json::{Map, Value, json};
@@ -184,21 +184,48 @@ impl Steps {
             return Ok(());
         };
         let epoch = grant.epoch;
+        // In place, where every pod is adopted, nobody is looked for: a watch for each of hundreds of nodes is most of what they take.
+        let all_stay = grant.strategy == Strategy::InPlace && report.evict.is_empty();
+        let evicted =
+            if all_stay { Some(0) } else { self.evict(node, epoch, grant.strategy, &report.evict).await? };
+        let Some(evicted) = evicted else { return Ok(()) };
+        let left = self.swap(node, "let flannel leave", |now| patch::cleared(now, epoch)).await?;
+        if left.is_some() {
+            self.board.evicted(node, evicted);
+            info!(
+                node,
+                epoch = epoch.get(),
+                state = "prepared",
+                step = "clear",
+                evicted,
+                "flannel may leave"
+            );
+        }
+        Ok(())
+    }
+
+    /// Evicts what must leave before the switch; how many. None: the lease was taken back instead.
+    async fn evict(
+        &self,
+        node: &str,
+        epoch: Epoch,
+        strategy: Strategy,
+        listed: &[Evict],
+    ) -> Result<Option<usize>, Error> {
         let pods = drain::pods_of(&self.writer.client, node).await?;
-        let unmovable = drain::unmovable(&pods.all(), &report.evict);
+        let unmovable = drain::unmovable(&pods.all(), listed);
         if !unmovable.is_empty() {
-            return self.withdraw(node, epoch, &drain::Blocked::Static(unmovable)).await;
+            self.withdraw(node, epoch, &drain::Blocked::Static(unmovable)).await?;
+            return Ok(None);
         }
         // Under `drain` nothing new may come; under `in-place`, what was evicted must not come back.
-        if grant.strategy == Strategy::Drain
-            || !drain::leaving(&pods, grant.strategy, &report.evict).is_empty()
-        {
-            let tainted = drain::come_back(&pods.all(), &report.evict);
+        if strategy == Strategy::Drain || !drain::leaving(&pods, strategy, listed).is_empty() {
+            let tainted = drain::come_back(&pods.all(), listed);
             self.swap(node, "cordon the node", |now| patch::cordoned(now, epoch, tainted)).await?;
         }
         // Looked up after cordoning: nothing is scheduled to the node between this and the switch.
-        let leave = drain::leaving(&pods, grant.strategy, &report.evict);
-        for evict in &report.evict {
+        let leave = drain::leaving(&pods, strategy, listed);
+        for evict in listed {
             info!(
                 node,
                 epoch = epoch.get(),
@@ -210,27 +237,16 @@ impl Steps {
         }
         let evicted = tokio::select! {
             evicted = drain::evict(&self.writer, node, &pods, &leave, self.policy.drain_timeout) => evicted,
-            () = self.unwanted(node) => return self.call_off(node).await,
+            () = self.unwanted(node) => return self.call_off(node).await.map(|()| None),
         };
-        if let Err(blocked) = evicted {
-            return match blocked {
-                drain::Blocked::Api(_) => Err(blocked.into()),
-                _ => self.withdraw(node, epoch, &blocked).await,
-            };
+        match evicted {
+            Ok(()) => Ok(Some(leave.len())),
+            Err(blocked @ drain::Blocked::Api(_)) => Err(blocked.into()),
+            Err(blocked) => {
+                self.withdraw(node, epoch, &blocked).await?;
+                Ok(None)
+            }
         }
-        let left = self.swap(node, "let flannel leave", |now| patch::cleared(now, epoch)).await?;
-        if left.is_some() {
-            self.board.evicted(node, leave.len());
-            info!(
-                node,
-                epoch = epoch.get(),
-                state = "prepared",
-                step = "clear",
-                evicted = leave.len(),
-                "flannel may leave"
-            );
-        }
-        Ok(())
     }
 
     /// Takes a lease back whose agent has changed nothing yet.

@@ -48,6 +48,16 @@ pub fn find(journal: &Journal, site: &Site) -> Result<Vec<Attachment>, Error> {
     Ok(found)
 }
 
+/// Those that Calico's plugin has made since `before` was found.
+pub fn late(journal: &Journal, site: &Site, before: &[Attachment]) -> Result<Vec<Attachment>, Error> {
+    let flannels = network(journal);
+    let mut found = find(journal, site)?;
+    found.retain(|guest| {
+        guest.network != flannels && before.iter().all(|other| other.sandbox != guest.sandbox)
+    });
+    Ok(found)
+}
+
 /// As it is reported.
 #[must_use]
 pub fn named(guest: &Attachment) -> Evict {
@@ -121,6 +131,27 @@ pub fn reserve(journal: &Journal, site: &Site, guests: &[Attachment]) -> Result<
             files::remove(&records.results.join(&name))?;
         }
     }
+    admit(&records, site, &network, delegate.as_deref(), guests)
+}
+
+/// The same for guests that came late; nothing is forgotten, for flannel's plugin may be at work again.
+pub fn reserve_late(journal: &Journal, site: &Site, guests: &[Attachment]) -> Result<(), Error> {
+    let network = network(journal);
+    let records = Records::of(journal, site, &network);
+    let mut delegate = None;
+    for name in files::names(&records.delegates)? {
+        delegate = files::read(&records.delegates.join(&name))?.or(delegate);
+    }
+    admit(&records, site, &network, delegate.as_deref(), guests)
+}
+
+fn admit(
+    records: &Records,
+    site: &Site,
+    network: &str,
+    delegate: Option<&str>,
+    guests: &[Attachment],
+) -> Result<(), Error> {
     for guest in guests {
         for address in &guest.addresses {
             let text = format!("{}\r\n{}", guest.sandbox, guest.interface);
@@ -128,10 +159,10 @@ pub fn reserve(journal: &Journal, site: &Site, guests: &[Attachment]) -> Result<
                 .map_err(|error| unfit(&records.reservations, &error))?;
             files::write(&records.reservations.join(address.addr().to_string()), text.as_bytes(), 0o644)?;
         }
-        if let Some(delegate) = &delegate {
+        if let Some(delegate) = delegate {
             files::write(&records.delegates.join(&guest.sandbox), delegate.as_bytes(), 0o600)?;
         }
-        rename_record(site, guest, &network)?;
+        rename_record(site, guest, network)?;
     }
     Ok(())
 }
@@ -225,5 +256,22 @@ mod tests {
         }
         let text = files::read(&site.results.join("cbr0-g-eth0")).unwrap().unwrap();
         assert!(text.contains(r#""networkName":"cbr0""#), "{text}");
+    }
+
+    #[test]
+    fn a_guest_that_comes_late_is_known_and_nothing_of_flannels_is_forgotten() {
+        let root = tempfile::tempdir().unwrap();
+        let site = site(root.path());
+        let journal = Journal::open(&root.path().join("journal"), "n").unwrap();
+        let reservations = site.cni_state.join("networks/cbr0");
+        for directory in [&reservations, &site.results] {
+            std::fs::create_dir_all(directory).unwrap();
+        }
+        std::fs::write(reservations.join("10.244.1.3"), "flannels-new\r\neth0").unwrap();
+        std::fs::write(site.results.join("cbr0-flannels-new-eth0"), "{}").unwrap();
+        std::fs::write(site.results.join("k8s-pod-network-g-eth0"), r#"{"containerId":"g"}"#).unwrap();
+        reserve_late(&journal, &site, &[guest("g", "10.244.1.2/32")]).unwrap();
+        assert_eq!(files::names(&reservations).unwrap(), ["10.244.1.2", "10.244.1.3"]);
+        assert_eq!(files::names(&site.results).unwrap(), ["cbr0-flannels-new-eth0", "cbr0-g-eth0"]);
     }
 }

@@ -23,6 +23,8 @@ const SETTLE: Duration = Duration::from_secs(15);
 const QUIET: Duration = Duration::from_millis(100);
 /// Plugins of flannel's chain, by their executables.
 const PLUGINS: [&str; 5] = ["flannel", "bridge", "portmap", "host-local", "bandwidth"];
+/// Those of Calico's.
+const CALICOS_PLUGINS: [&str; 4] = ["calico", "calico-ipam", "portmap", "bandwidth"];
 /// Those of Canal's chain.
 const CANALS_PLUGINS: [&str; 4] = ["calico", "portmap", "host-local", "bandwidth"];
 
@@ -107,22 +109,30 @@ pub fn close_flannel(journal: &mut Journal, site: &Site) -> Result<(), Error> {
         return Ok(());
     }
     steps::apply(journal, site, Op::SwapConfig)?;
-    let own = netns::own().unwrap_or_default();
     let canal = journal.entry.captured.as_ref().is_some_and(|captured| captured.canal);
     let plugins: &[&str] = if canal { &CANALS_PLUGINS } else { &PLUGINS };
+    if !quiet(plugins) {
+        let why = format!("plugins of flannel's CNI config still run after {SETTLE:?}");
+        return Err(Error::Unfit("PluginsBusy", why));
+    }
+    Ok(())
+}
+
+/// Waits until none of these plugins runs any more; whether that came in time.
+fn quiet(plugins: &[&str]) -> bool {
+    let own = netns::own().unwrap_or_default();
     let (started, mut busy) = (Instant::now(), Instant::now());
     while busy.elapsed() < QUIET {
         if !process::named(&process::all(), plugins, own).is_empty() {
             busy = Instant::now();
         }
         if started.elapsed() > SETTLE {
-            let why = format!("plugins of flannel's CNI config still run after {SETTLE:?}");
-            return Err(Error::Unfit("PluginsBusy", why));
+            return false;
         }
         // Processes that aren't our children, and that aren't there yet, give no event.
         std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(())
+    true
 }
 
 /// Second half: with a last look at the pods, all the rest.
@@ -190,6 +200,13 @@ pub fn undo(journal: &mut Journal, site: &Site, reason: &str, message: &str) -> 
     }
     let canal = journal.entry.captured.as_ref().is_some_and(|captured| captured.canal);
     if met_calico {
+        // Those that Calico's plugin was just making, after a boot above all, are guests as well.
+        if !quiet(&CALICOS_PLUGINS) {
+            warn!(step = "undo", "plugins of Calico's CNI config still run after {SETTLE:?}");
+        }
+        let late = guests::late(journal, site, &guests)?;
+        guests::reserve_late(journal, site, &late)?;
+        guests.extend(late);
         calicos::remove(journal, canal)?;
         guests::connect(journal, &guests)?;
     }

@@ -19,8 +19,14 @@ mod faults;
 mod in_place;
 #[path = "migration/kills.rs"]
 mod kills;
+#[path = "migration/matrix.rs"]
+mod matrix;
 #[path = "migration/obstacles.rs"]
 mod obstacles;
+#[path = "migration/partition.rs"]
+mod partition;
+#[path = "migration/reboots.rs"]
+mod reboots;
 #[path = "migration/rights.rs"]
 mod rights;
 #[path = "migration/rollback.rs"]
@@ -31,6 +37,10 @@ mod screen;
 mod settings;
 #[path = "migration/unusual.rs"]
 mod unusual;
+#[path = "migration/spoiled.rs"]
+mod spoiled;
+#[path = "migration/witness.rs"]
+mod witness;
 
 use std::{
     collections::BTreeMap,

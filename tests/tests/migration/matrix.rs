@@ -1,0 +1,311 @@
+//! Many faults on one cluster, one after another: a node is met at an exact moment, and a table says where each fault came, how it
+//! ended and what it cost.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    fmt::{self, Write as _},
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use flannel_migration_tests::{
+    bed::{Bed, node},
+    migration::{self, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL},
+    probe::{Kind, Options, Prober, Report, Workloads, deploy_to},
+    run,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use super::{AGENT, items, label, look, rollback::command};
+
+/// Path of a node's journal, as seen from the machine.
+pub fn journal(bed: &Bed, node: &str) -> PathBuf {
+    node::stable_root(bed, node).join("var/lib/cni/flannel-migration/journal.json")
+}
+
+/// What a journal says; nothing while there is none.
+pub fn read(path: &PathBuf) -> Value {
+    fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+}
+
+/// The operations that a journal tells of, with how far each got.
+pub fn progress(entry: &Value) -> Vec<(String, String)> {
+    let pairs = entry["progress"].as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    pairs.iter().map(|pair| (text(&pair[0]), text(&pair[1]))).collect()
+}
+
+/// The agent's process on a node, by the node's network namespace.
+pub fn agent_process(netns: &str) -> Option<i32> {
+    let inside = run::output(&mut run::command("ip", &["netns", "pids", netns])).ok()?;
+    inside.lines().filter_map(|pid| pid.parse().ok()).find(|pid: &i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.starts_with(b"/usr/local/bin/agent\0") || arguments.starts_with(b"/usr/bin/agent\0")
+    })
+}
+
+/// Waits, and says in vain what both programs logged.
+pub fn wait(bed: &Bed, what: &str, limit: Duration, holds: impl FnMut() -> anyhow::Result<bool>) {
+    run::wait_for(what, limit, holds).unwrap_or_else(|error| panic!("{error:#}\n{}", logs(bed)));
+}
+
+fn logs(bed: &Bed) -> String {
+    let mut text = migration::coordinator_log(bed).unwrap_or_default();
+    for node in &bed.nodes {
+        let name = &node.shape.name;
+        let _ = write!(text, "--- agent of {name}\n{}", migration::agent_log(bed, name).unwrap_or_default());
+    }
+    text
+}
+
+/// Waits until a node is at rest; returns on which network.
+pub fn rest(bed: &Bed, node: &str, limit: Duration) -> String {
+    let mut at = String::new();
+    wait(bed, &format!("{node} is at rest"), limit, || {
+        let now = bed.get(&["node", node])?;
+        at = label(&now, STATE_LABEL);
+        let settled = label(&now, LEASE_LABEL).is_empty() && label(&now, NETWORK_LABEL) == at;
+        Ok(settled && ["flannel", "calico"].contains(&at.as_str()))
+    });
+    at
+}
+
+/// Waits until a node is at rest on this network.
+pub fn rest_on(bed: &Bed, node: &str, network: &str) {
+    wait(bed, &format!("{node} is at rest on {network}"), Duration::from_mins(4), || {
+        let now = bed.get(&["node", node])?;
+        Ok(label(&now, STATE_LABEL) == network && label(&now, LEASE_LABEL).is_empty())
+    });
+}
+
+/// The workloads and their prober, then a migration of which nothing is started before `command(bed, &["resume"])`; the
+/// coordinator is on `home`.
+pub fn begin(bed: &Bed, home: &str, environment: &[(&str, &str)]) -> Prober {
+    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
+    let options = Options { interval: Duration::from_millis(20), ..Options::default() };
+    let prober = Prober::start(bed.site().unwrap(), options).unwrap();
+    migration::apply_with(bed, environment, |job| {
+        job["metadata"]["annotations"]["flannel-migration/request"] = "pause".into();
+        job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = home.into();
+    })
+    .unwrap();
+    let wanted = bed.nodes.len();
+    wait(bed, "the agents run and the cluster is prepared", Duration::from_mins(2), || {
+        let pods = bed.get(&["-n", "kube-system", "pods", "-l", &format!("k8s-app={AGENT}")])?;
+        let running = items(&pods).iter().filter(|pod| pod["status"]["phase"] == "Running").count();
+        let nodes = items(&bed.get(&["nodes"])?);
+        Ok(running == wanted && nodes.iter().all(|node| label(node, NETWORK_LABEL) == "flannel"))
+    });
+    prober
+}
+
+/// A person who has looked need not wait for the next attempt.
+pub fn forget_failures(bed: &Bed, node: &str) {
+    bed.kubectl(&["annotate", "node", node, "flannel-migration/failures-"]).unwrap();
+}
+
+/// Migrates a node back, if it isn't flannel's.
+pub fn back_to_flannel(bed: &Bed, node: &str) {
+    if label(&look(bed, node), STATE_LABEL) != "flannel" {
+        command(bed, &["rollback", node]);
+        rest_on(bed, node, "flannel");
+    }
+    forget_failures(bed, node);
+}
+
+/// An agent that was stopped at the very moment when its journal was as wanted.
+pub struct Met {
+    pid: Pid,
+    /// State and last operation, as the journal tells them.
+    pub at: String,
+}
+
+impl Met {
+    /// Lets it go on.
+    pub fn go_on(&self) {
+        kill(self.pid, Signal::SIGCONT).unwrap();
+    }
+
+    /// Lets it tell its state, stops it again, and waits until the coordinator has answered with this network.
+    pub fn answered(&self, bed: &Bed, node: &str, state: &str, network: &str) {
+        self.go_on();
+        wait(bed, &format!("{node} says {state}"), Duration::from_mins(1), || {
+            Ok(label(&bed.get(&["node", node])?, STATE_LABEL) == state)
+        });
+        kill(self.pid, Signal::SIGSTOP).unwrap();
+        wait(bed, &format!("the coordinator lets {network} come"), Duration::from_mins(1), || {
+            Ok(label(&bed.get(&["node", node])?, NETWORK_LABEL) == network)
+        });
+    }
+}
+
+/// Lies in wait for a node's agent.
+pub struct Ambush {
+    thread: JoinHandle<Option<Met>>,
+    over: Arc<AtomicBool>,
+}
+
+impl Ambush {
+    /// Stops the agent as soon as its journal is in this state, and `op`, if one is given, is begun or done; `!op`: is neither.
+    pub fn lay(bed: &Bed, node: &str, state: &str, op: Option<&str>) -> Self {
+        let (path, netns) = (journal(bed, node), bed.plan.netns(node));
+        let mut process = None;
+        wait(bed, "the agent runs", Duration::from_mins(1), || {
+            process = agent_process(&netns);
+            Ok(process.is_some())
+        });
+        let (pid, state, op) = (Pid::from_raw(process.unwrap()), state.to_owned(), op.map(str::to_owned));
+        let over = Arc::new(AtomicBool::new(false));
+        let given_up = Arc::clone(&over);
+        let thread = thread::spawn(move || {
+            while !given_up.load(Ordering::Relaxed) {
+                let entry = read(&path);
+                let ops = progress(&entry);
+                let there = |op: &str| ops.iter().any(|(name, _)| name == op);
+                let reached = op.as_deref().is_none_or(|op| match op.strip_prefix('!') {
+                    Some(op) => !there(op),
+                    None => there(op),
+                });
+                if entry["state"] != state.as_str() || !reached {
+                    // A rename gives no event that is faster than looking.
+                    thread::sleep(Duration::from_micros(200));
+                    continue;
+                }
+                kill(pid, Signal::SIGSTOP).ok()?;
+                let entry = read(&path);
+                let last = progress(&entry).pop().map(|(name, how)| format!(", {name} {how}"));
+                let at = format!("{}{}", entry["state"].as_str().unwrap_or("?"), last.unwrap_or_default());
+                return Some(Met { pid, at });
+            }
+            None
+        });
+        Self { thread, over }
+    }
+
+    /// Waits until it is there.
+    pub fn meet(self, bed: &Bed) -> Met {
+        let limit = Instant::now() + Duration::from_mins(2);
+        while !self.thread.is_finished() && Instant::now() < limit {
+            thread::sleep(Duration::from_millis(5));
+        }
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap().unwrap_or_else(|| panic!("the agent was never met\n{}", logs(bed)))
+    }
+}
+
+/// What was lost on all flows, or on those of all nodes but one.
+#[derive(Default)]
+pub struct Losses {
+    lost: u64,
+    sent: u64,
+    broken: u64,
+    outage: f64,
+    kinds: BTreeSet<Kind>,
+}
+
+impl Losses {
+    fn add(&mut self, report: &Report, but: Option<&str>) {
+        let counts = |node: &String| but.is_none_or(|but| node != but);
+        for flow in report.flows.iter().filter(|flow| flow.nodes.iter().all(counts)) {
+            self.lost += flow.figures.lost;
+            self.sent += flow.figures.sent;
+            self.broken += flow.figures.reconnects;
+            self.outage = self.outage.max(flow.figures.longest_outage_ms);
+            self.kinds.extend((flow.figures.lost > 0).then_some(flow.kind));
+        }
+    }
+}
+
+impl fmt::Display for Losses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { lost, sent, broken, outage, kinds } = self;
+        write!(f, "{lost} of {sent}, longest outage {outage:.0} ms, {broken} broken")?;
+        if kinds.is_empty() { Ok(()) } else { write!(f, ", on {kinds:?}") }
+    }
+}
+
+/// Rows of the table that `hack/faults` prints.
+pub struct Matrix<'a> {
+    prober: &'a Prober,
+    title: &'static str,
+    losses: RefCell<Losses>,
+}
+
+impl<'a> Matrix<'a> {
+    pub fn new(title: &'static str, prober: &'a Prober) -> Self {
+        // The test's name may stand in the line still.
+        eprintln!("{title}:");
+        Self { prober, title, losses: RefCell::default() }
+    }
+
+    /// What is lost from now on is the next fault's.
+    pub fn reset(&self) {
+        self.prober.reset().unwrap();
+        self.losses.take();
+    }
+
+    /// Traffic flows whole again soon; what was lost until then is the fault's.
+    pub fn expect_connected(&self) {
+        self.losses.borrow_mut().add(&self.prober.report().unwrap(), None);
+        let count = |report: &Report| self.losses.borrow_mut().add(report, None);
+        connected_counting(self.prober, Duration::from_secs(20), count);
+        self.prober.reset().unwrap();
+    }
+
+    /// One fault that is over; losses of all flows count but those of `but`, a node that is down.
+    pub fn row(&self, fault: &str, at: &str, outcome: &str, but: Option<&str>) {
+        let mut losses = self.losses.take();
+        losses.add(&self.prober.report().unwrap(), but);
+        let whose = but.map(|node| format!(" without {node}'s own")).unwrap_or_default();
+        eprintln!("| {} | {fault} | {at} | {outcome} | {losses}{whose} |", self.title);
+        self.reset();
+    }
+}
+
+/// Traffic flows whole again: every flow, for a whole second.
+pub fn connected(prober: &Prober, limit: Duration) {
+    connected_counting(prober, limit, |_| ());
+}
+
+fn connected_counting(prober: &Prober, limit: Duration, count: impl Fn(&Report)) {
+    let mut lines = Vec::new();
+    run::wait_for("nothing is lost any more", limit, || {
+        prober.reset()?;
+        thread::sleep(Duration::from_secs(1));
+        let report = prober.report()?;
+        count(&report);
+        let losing = report.flows.iter().filter(|flow| flow.figures.lost > 0 || flow.figures.sent == 0);
+        lines = losing.map(|flow| format!("{:?} {} -> {}", flow.kind, flow.from, flow.to)).collect();
+        Ok(lines.is_empty())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}: {}", lines.join("\n")));
+}
+
+/// The node's host is of this network, and nothing of the other is left.
+pub fn whole(bed: &Bed, node: &str, network: &str) {
+    let script = "ls /etc/cni/net.d; ip -o link | cut -d: -f2 | cut -d@ -f1";
+    let (own, other): (&[&str], &[&str]) = match network {
+        "flannel" => (&["10-flannel.conflist", "flannel.1"], &["10-calico.conflist", "vxlan.calico", "cali"]),
+        _ => (&["10-calico.conflist", "vxlan.calico"], &["10-flannel.conflist", "flannel.1", "cni0"]),
+    };
+    let mut found = String::new();
+    run::wait_for(&format!("{node} is {network}'s alone"), Duration::from_mins(1), || {
+        found = bed.exec(node, &["sh", "-c", script])?;
+        let is = |what: &&str| found.split_whitespace().any(|word| word.starts_with(*what));
+        Ok(own.iter().all(&is) && !other.iter().any(is))
+    })
+    .unwrap_or_else(|error| panic!("{error:#}:\n{found}\n{}", logs(bed)));
+    let now = look(bed, node);
+    assert_ne!(now["spec"]["unschedulable"], json!(true), "{node} is cordoned");
+}

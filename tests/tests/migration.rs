@@ -15,6 +15,8 @@
 mod authority;
 #[path = "migration/faults.rs"]
 mod faults;
+#[path = "migration/files.rs"]
+mod files;
 #[path = "migration/in_place.rs"]
 mod in_place;
 #[path = "migration/kills.rs"]

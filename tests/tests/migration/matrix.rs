@@ -124,6 +124,26 @@ pub fn back_to_flannel(bed: &Bed, node: &str) {
     forget_failures(bed, node);
 }
 
+/// A new pod in place of a node's agent: the kubelet would wait longer before each further restart of the old one.
+pub fn delete_agent(bed: &Bed, node: &str) {
+    let (selector, field) = (format!("k8s-app={AGENT}"), format!("spec.nodeName={node}"));
+    let delete = ["-n", "kube-system", "delete", "pod", "--grace-period=0", "--force", "-l", &selector];
+    bed.kubectl(&[&delete[..], &["--field-selector", &field]].concat()).unwrap();
+}
+
+/// The same; waits for its process. `old`: that of the old one, if it isn't there any more.
+pub fn replace_agent(bed: &Bed, node: &str, old: Option<i32>) -> Option<i32> {
+    let netns = bed.plan.netns(node);
+    let old = old.or_else(|| agent_process(&netns));
+    delete_agent(bed, node);
+    let mut process = None;
+    let _ = run::wait_for("the agent is back", Duration::from_mins(1), || {
+        process = agent_process(&netns).filter(|pid| Some(*pid) != old);
+        Ok(process.is_some())
+    });
+    process
+}
+
 /// An agent that was stopped at the very moment when its journal was as wanted.
 pub struct Met {
     pid: Pid,
@@ -147,6 +167,11 @@ impl Met {
         wait(bed, &format!("the coordinator lets {network} come"), Duration::from_mins(1), || {
             Ok(label(&bed.get(&["node", node])?, NETWORK_LABEL) == network)
         });
+    }
+
+    /// Ends it as it is.
+    pub fn kill(&self) {
+        kill(self.pid, Signal::SIGKILL).unwrap();
     }
 }
 

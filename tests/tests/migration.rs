@@ -37,10 +37,10 @@ mod rollback;
 mod screen;
 #[path = "migration/settings.rs"]
 mod settings;
-#[path = "migration/unusual.rs"]
-mod unusual;
 #[path = "migration/spoiled.rs"]
 mod spoiled;
+#[path = "migration/unusual.rs"]
+mod unusual;
 #[path = "migration/witness.rs"]
 mod witness;
 

@@ -112,7 +112,7 @@ impl OwnNode {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.name));
         let nodes = self.own.clone();
         tokio::spawn(async move {
-            let stream = watcher::watcher(nodes, config).default_backoff().applied_objects();
+            let stream = watcher::watcher(nodes, config).backoff(pauses()).applied_objects();
             let mut stream = std::pin::pin!(stream.into_stream());
             let mut failing = false;
             while let Some(event) = stream.next().await {
@@ -238,6 +238,17 @@ fn is_conflict(error: &kube::Error) -> bool {
 /// Versions of one kind of object are comparable numbers (KEP-5504).
 fn number(version: &str) -> u64 {
     version.parse().unwrap_or(0)
+}
+
+/// Pauses between attempts while the API server can't be reached: once it is back, what the coordinator wants is seen within ten seconds.
+/// kube's own grow to half a minute.
+fn pauses() -> watcher::ExponentialBackoff {
+    backon::ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(800))
+        .with_max_delay(Duration::from_secs(10))
+        .with_jitter()
+        .without_max_times()
+        .into()
 }
 
 /// Annotation of a static pod's stand-in in the API: the UID that the kubelet and the runtime know the pod by.

@@ -14,7 +14,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use tokio::sync::watch;
 use tracing::debug;
 
-use super::watched::Watching;
+use super::watched::{Watching, pauses};
 use super::{Node, NodeFacts, WATCH_SECONDS};
 use crate::api::{CALL_TIMEOUT, Error, Result, chain};
 
@@ -41,7 +41,7 @@ impl Nodes {
         let store = Arc::clone(&known);
         let (arriving, mut complete) = watch::channel(false);
         let watching = Watching::new(tokio::spawn(async move {
-            let mut events = pin!(watcher(Api::<Node>::all(client), config).default_backoff());
+            let mut events = pin!(watcher(Api::<Node>::all(client), config).backoff(pauses()));
             while let Some(event) = events.next().await {
                 match event {
                     Ok(event) => {

@@ -63,6 +63,16 @@ impl Drop for Watching {
 /// Watch calls end after this time, in seconds, and are made anew: a dead connection is noticed that soon.
 pub const WATCH_SECONDS: u32 = 60;
 
+/// Pauses between attempts while the API server can't be reached: once it is back, what has changed is seen within five seconds.
+pub(super) fn pauses() -> watcher::ExponentialBackoff {
+    backon::ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(800))
+        .with_max_delay(Duration::from_secs(5))
+        .with_jitter()
+        .without_max_times()
+        .into()
+}
+
 impl<K> Watched<K>
 where
     K: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -81,7 +91,7 @@ where
     ) -> Result<Self> {
         let (store, writer) = reflector::store();
         let (tick, changes) = watch::channel(0_u64);
-        let events = watcher(api, config.timeout(WATCH_SECONDS)).default_backoff().modify(move |object| {
+        let events = watcher(api, config.timeout(WATCH_SECONDS)).backoff(pauses()).modify(move |object| {
             // Who wrote which field is most of an object that many write, and nobody asks.
             object.meta_mut().managed_fields = None;
             trim(object);

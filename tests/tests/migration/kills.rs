@@ -1,8 +1,6 @@
 //! The agent is killed whenever its journal says that an operation was begun, or done, and on the way back whenever one was undone.
 
 use std::{
-    fs,
-    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -11,16 +9,18 @@ use std::{
     time::Duration,
 };
 
+use super::{
+    AGENT, bed, complete, expect_migrated, items,
+    matrix::{agent_process, journal, progress, read, replace_agent, rest_on},
+    rollback::command,
+};
 use flannel_migration_tests::{
-    bed::{Bed, node},
-    migration::{self, LEASE_LABEL, STATE_LABEL},
+    bed::Bed,
+    migration,
     probe::{Options, Prober, Workloads, deploy_to},
     run,
     shape::{NodeShape, Shape},
 };
-use serde_json::Value;
-
-use super::{AGENT, bed, complete, expect_migrated, items, label, look, rollback::command};
 
 /// Operations in the order in which they are done.
 const OPERATIONS: [&str; 9] = [
@@ -55,37 +55,6 @@ struct Killer {
     stop: Arc<AtomicBool>,
     kills: Arc<Mutex<Vec<Kill>>>,
     thread: JoinHandle<()>,
-}
-
-fn journal(bed: &Bed, node: &str) -> PathBuf {
-    node::stable_root(bed, node).join("var/lib/cni/flannel-migration/journal.json")
-}
-
-fn progress(entry: &Value) -> Vec<(String, String)> {
-    let pairs = entry["progress"].as_array().cloned().unwrap_or_default();
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    pairs.iter().map(|pair| (text(&pair[0]), text(&pair[1]))).collect()
-}
-
-/// The journal with the notes beside it that belong to it.
-fn read(path: &Path) -> Value {
-    let file = |path: &Path| -> Value {
-        fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
-    };
-    let (mut entry, notes) = (file(path), file(&path.with_file_name("progress.json")));
-    if entry.is_object() && notes["writes"] == entry["writes"] {
-        entry["progress"] = notes["progress"].clone();
-    }
-    entry
-}
-
-/// The agent's process on a node.
-fn agent_process(netns: &str) -> Option<i32> {
-    let inside = run::output(&mut run::command("ip", &["netns", "pids", netns])).ok()?;
-    inside.lines().filter_map(|pid| pid.parse().ok()).find(|pid: &i32| {
-        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        arguments.starts_with(b"/usr/local/bin/agent\0") || arguments.starts_with(b"/usr/bin/agent\0")
-    })
 }
 
 impl Killer {
@@ -129,7 +98,7 @@ impl Killer {
                     state: entry["state"].as_str().unwrap_or_default().to_owned(),
                 };
                 killed.lock().unwrap().push(kill);
-                process = replaced(&bed, &node, &netns, pid);
+                process = replace_agent(&bed, &node, Some(pid));
             }
         });
         Self { stop, kills, thread }
@@ -145,40 +114,6 @@ impl Killer {
         }
         kills.len()
     }
-}
-
-/// A new pod in place of the killed one: the kubelet would wait longer before each further restart of the old one.
-fn replaced(bed: &Bed, node: &str, netns: &str, killed: i32) -> Option<i32> {
-    let (selector, field) = (format!("k8s-app={AGENT}"), format!("spec.nodeName={node}"));
-    let _ = bed.kubectl(&[
-        "-n",
-        "kube-system",
-        "delete",
-        "pod",
-        "-l",
-        &selector,
-        "--field-selector",
-        &field,
-        "--grace-period=0",
-        "--force",
-    ]);
-    let mut process = None;
-    let _ = run::wait_for("the agent is back", Duration::from_mins(1), || {
-        process = agent_process(netns).filter(|pid| *pid != killed);
-        Ok(process.is_some())
-    });
-    process
-}
-
-fn rest(bed: &Bed, node: &str, state: &str) {
-    run::wait_for(&format!("{node} is at rest on {state}"), Duration::from_mins(4), || {
-        let now = look(bed, node);
-        Ok(label(&now, STATE_LABEL) == state && label(&now, LEASE_LABEL).is_empty())
-    })
-    .unwrap_or_else(|error| {
-        let log = migration::agent_log(bed, node).unwrap_or_default();
-        panic!("{error:#}\n{}\n{log}", migration::coordinator_log(bed).unwrap_or_default())
-    });
 }
 
 fn losses(prober: &Prober, what: &str) {
@@ -217,7 +152,7 @@ fn an_agent_killed_at_any_operation_goes_on_where_it_was_and_no_pod_is_replaced(
     prober.reset().unwrap();
     let killer = Killer::start(bed, "n1", At::Begun);
     command(bed, &["resume"]);
-    rest(bed, "n1", "calico");
+    rest_on(bed, "n1", "calico");
     let mut kills = killer.end("migrating, killed at the beginning of each operation");
     losses(&prober, "migrating n1");
 
@@ -226,11 +161,11 @@ fn an_agent_killed_at_any_operation_goes_on_where_it_was_and_no_pod_is_replaced(
     if exhaustive {
         let killer = Killer::start(bed, "n1", At::Undone);
         command(bed, &["rollback", "n1"]);
-        rest(bed, "n1", "flannel");
+        rest_on(bed, "n1", "flannel");
         kills += killer.end("going back, killed after each operation undone");
         losses(&prober, "n1 going back");
         command(bed, &["resume", "n1"]);
-        rest(bed, "n1", "calico");
+        rest_on(bed, "n1", "calico");
         prober.reset().unwrap();
     }
     let killer = Killer::start(bed, "n2", At::Done);

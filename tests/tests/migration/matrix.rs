@@ -6,7 +6,7 @@ use std::{
     collections::BTreeSet,
     fmt::{self, Write as _},
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -34,9 +34,16 @@ pub fn journal(bed: &Bed, node: &str) -> PathBuf {
     node::stable_root(bed, node).join("var/lib/cni/flannel-migration/journal.json")
 }
 
-/// What a journal says; nothing while there is none.
-pub fn read(path: &PathBuf) -> Value {
-    fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+/// What a journal says, with the notes beside it that belong to it; nothing while there is none.
+pub fn read(path: &Path) -> Value {
+    let file = |path: &Path| -> Value {
+        fs::read_to_string(path).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+    };
+    let (mut entry, notes) = (file(path), file(&path.with_file_name("progress.json")));
+    if entry.is_object() && notes["writes"] == entry["writes"] {
+        entry["progress"] = notes["progress"].clone();
+    }
+    entry
 }
 
 /// The operations that a journal tells of, with how far each got.

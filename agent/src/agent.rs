@@ -343,13 +343,13 @@ impl Agent {
         let files: Vec<_> = configs.iter().map(|config| config.path.display().to_string()).collect();
         debug!(node = self.site.node, files = files.join(" "), "CNI configs changed");
         let moved = matches!(self.journal.entry.state, State::Verifying | State::Calico);
-        if let Some(first) =
-            configs.first().filter(|first| moved && !first.is_flannels() && !first.is_calicos())
-        {
+        if let Some(first) = configs.first().filter(|first| moved && first.is_anothers()) {
             let file = first.path.display().to_string();
             warn!(
                 node = self.site.node,
                 epoch = self.epoch(),
+                state = %self.journal.entry.state,
+                step = "configs",
                 file,
                 "another CNI config comes before Calico's: new pods get its network"
             );
@@ -358,6 +358,8 @@ impl Agent {
             warn!(
                 node = self.site.node,
                 epoch = self.epoch(),
+                state = %self.journal.entry.state,
+                step = "configs",
                 "flannel's CNI config came back: something still installs flannel here"
             );
         }

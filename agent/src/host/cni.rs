@@ -56,6 +56,13 @@ impl Config {
         self.plugins.first().is_some_and(|plugin| plugin == "calico") && !self.is_canals()
     }
 
+    /// Whether it is neither Calico's nor flannel's. A file without plugins isn't anybody's yet: Calico's installer doesn't write its config
+    /// in one go.
+    #[must_use]
+    pub fn is_anothers(&self) -> bool {
+        !self.plugins.is_empty() && !self.is_flannels() && !self.is_calicos()
+    }
+
     /// Whether this is Canal's: Calico's plugin for the link, host-local for the address.
     fn is_canals(&self) -> bool {
         let value: Value = serde_json::from_str(&self.text).unwrap_or_default();
@@ -309,14 +316,17 @@ mod tests {
         );
         put("20-x.conf", r#"{"name":"x","type":"bridge"}"#);
         put("10-flannel.conflist", r#"{"name":"cbr0","plugins":[{"type":"flannel"},{"type":"portmap"}]}"#);
+        put("30-half-written.conflist", r#"{"name":"k8s-pod-net"#);
         put("10-calico.conflist.bak", "{}");
         put("calico-kubeconfig", "x");
         let configs = configs(directory.path()).unwrap();
         let names: Vec<_> = configs.iter().map(|config| config.network.as_str()).collect();
-        assert_eq!(names, ["cbr0", "k8s-pod-network", "k8s-pod-network", "x"]);
+        assert_eq!(names, ["cbr0", "k8s-pod-network", "k8s-pod-network", "x", ""]);
         let flannels: Vec<_> = configs.iter().map(Config::is_flannels).collect();
-        assert_eq!(flannels, [true, true, false, false], "flannel's and Canal's");
+        assert_eq!(flannels, [true, true, false, false, false], "flannel's and Canal's");
         let calicos: Vec<_> = configs.iter().map(Config::is_calicos).collect();
-        assert_eq!(calicos, [false, false, true, false]);
+        assert_eq!(calicos, [false, false, true, false, false]);
+        let anothers: Vec<_> = configs.iter().map(Config::is_anothers).collect();
+        assert_eq!(anothers, [false, false, false, true, false], "who knows whose the last one will be");
     }
 }

@@ -34,6 +34,7 @@ const NO_REASONS: &[&str] = &[
     "MigrateNetwork",
     "NetworkMigrated",
     "NoDetour",
+    "NoSchedule",
     "NotIn",
     "OnDelete",
     "PreferNoSchedule",

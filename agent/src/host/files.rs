@@ -14,14 +14,6 @@ pub struct Error {
     source: io::Error,
 }
 
-impl Error {
-    /// Whether the file isn't there.
-    #[must_use]
-    pub fn not_found(&self) -> bool {
-        self.source.kind() == io::ErrorKind::NotFound
-    }
-}
-
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.display().to_string();
     move |source| Error { action, path, source }

@@ -14,7 +14,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use tokio::sync::watch;
 use tracing::debug;
 
-use super::watched::{Watching, pauses};
+use super::watched::{Watching, from_now, pauses, until};
 use super::{Node, NodeFacts, WATCH_SECONDS};
 use crate::api::{CALL_TIMEOUT, Error, Result, chain};
 
@@ -93,9 +93,7 @@ impl Nodes {
     /// What wakes up on each change that decisions may depend on. A change before the call isn't told again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        let mut changes = self.changes.clone();
-        changes.borrow_and_update();
-        changes
+        from_now(&self.changes)
     }
 
     /// Waits until `holds`, looking at each change; `None` when it doesn't within `limit`.
@@ -104,18 +102,7 @@ impl Nodes {
         limit: Duration,
         mut holds: impl FnMut(&[Arc<NodeFacts>]) -> Option<T>,
     ) -> Option<T> {
-        let mut changes = self.changes();
-        let waiting = async {
-            loop {
-                if let Some(value) = holds(&self.all()) {
-                    return Some(value);
-                }
-                if changes.changed().await.is_err() {
-                    return None;
-                }
-            }
-        };
-        tokio::time::timeout(limit, waiting).await.ok().flatten()
+        until(self.changes(), limit, || holds(&self.all())).await
     }
 }
 

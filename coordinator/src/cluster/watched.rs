@@ -123,9 +123,7 @@ where
     /// What wakes up on each change. A change before the call isn't told again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        let mut changes = self.changes.clone();
-        changes.borrow_and_update();
-        changes
+        from_now(&self.changes)
     }
 
     /// Waits until `holds`, looking at each change; `None` when it doesn't within `limit`.
@@ -134,17 +132,32 @@ where
         limit: Duration,
         mut holds: impl FnMut(&[Arc<K>]) -> Option<T>,
     ) -> Option<T> {
-        let mut changes = self.changes();
-        let waiting = async {
-            loop {
-                if let Some(value) = holds(&self.store.state()) {
-                    return Some(value);
-                }
-                if changes.changed().await.is_err() {
-                    return None;
-                }
-            }
-        };
-        tokio::time::timeout(limit, waiting).await.ok().flatten()
+        until(self.changes(), limit, || holds(&self.store.state())).await
     }
+}
+
+/// What wakes up on each change from now on.
+pub(super) fn from_now(changes: &watch::Receiver<u64>) -> watch::Receiver<u64> {
+    let mut changes = changes.clone();
+    changes.borrow_and_update();
+    changes
+}
+
+/// Looks at once and at each change, until there is something to be seen; `None` when there isn't within `limit`.
+pub(super) async fn until<T>(
+    mut changes: watch::Receiver<u64>,
+    limit: Duration,
+    mut look: impl FnMut() -> Option<T>,
+) -> Option<T> {
+    let waiting = async {
+        loop {
+            if let Some(value) = look() {
+                return Some(value);
+            }
+            if changes.changed().await.is_err() {
+                return None;
+            }
+        }
+    };
+    tokio::time::timeout(limit, waiting).await.ok().flatten()
 }

@@ -101,13 +101,8 @@ pub fn stop_controllers(bed: &Bed) -> Result<()> {
     daemon(bed, "kube-scheduler").stop()
 }
 
-/// Stops etcd alone.
-pub fn stop_etcd(bed: &Bed) -> Result<()> {
-    daemon(bed, "etcd").stop()
-}
-
-/// Starts etcd again.
-pub fn start_etcd(bed: &Bed) -> Result<()> {
+/// Starts etcd.
+fn start_etcd(bed: &Bed) -> Result<()> {
     let data = bed.plan.directory().join(PART).join("etcd");
     fs::create_dir_all(&data)?;
     let arguments = [

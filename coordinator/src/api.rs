@@ -15,6 +15,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Config, Resource as _};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use tower::limit::ConcurrencyLimitLayer;
 use tracing::debug;
 
 use crate::leader::Leadership;
@@ -22,6 +23,9 @@ use crate::names;
 
 /// Bound of one call. A healthy API server answers in milliseconds; a lost connection never does.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+/// How many calls of one client are under way at once. Each has a connection of its own with its buffers: hundreds of nodes in change would
+/// cost more memory than all else, and the API server answers none the faster.
+const AT_ONCE: usize = 32;
 /// How often a write that lost a race is tried again on the new version.
 pub const CONFLICT_RETRIES: u32 = 20;
 
@@ -124,7 +128,8 @@ pub async fn client() -> Result<Client> {
     counted_client(&CountCalls::default()).await
 }
 
-/// The same, with its calls counted.
+/// The same, with its calls counted. No more than [`AT_ONCE`] are under way at a time, the others wait for their turn, and their bound in
+/// time runs: watches, once they have begun, don't count.
 pub async fn counted_client(calls: &CountCalls) -> Result<Client> {
     let what = "find the API server (kubeconfig or service account)";
     let unexpected = |why: String| Error::Unexpected { what: what.to_owned(), why };
@@ -132,7 +137,7 @@ pub async fn counted_client(calls: &CountCalls) -> Result<Client> {
     config.default_retry = false;
     config.connect_timeout = Some(Duration::from_secs(10));
     let builder = ClientBuilder::try_from(config).map_err(|error| unexpected(chain(&error)))?;
-    Ok(builder.with_layer(calls).build())
+    Ok(builder.with_layer(calls).with_layer(&ConcurrencyLimitLayer::new(AT_ONCE)).build())
 }
 
 /// Reads. `what` says it in words, for errors.

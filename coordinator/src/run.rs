@@ -89,9 +89,11 @@ pub async fn run(options: &Options) -> Result<(), Error> {
     let metrics = Metrics::registered(&mut registry);
     let probes = Probes::new(SILENCE);
     let client = api::counted_client(&metrics.calls).await?;
+    // Of its own: renewals of the leadership don't wait behind the work.
+    let leading = api::counted_client(&metrics.calls).await?;
     let identity = options.pod_name.clone().unwrap_or_else(|| format!("pid-{}", std::process::id()));
     let board = Board::new(options, &identity, metrics);
-    let candidate = Candidate::new(client.clone(), &options.namespace, identity.clone(), probes.clone());
+    let candidate = Candidate::new(leading, &options.namespace, identity.clone(), probes.clone());
     let migration = async {
         candidate.acquire().await?;
         info!(identity, step = "lead", version = env!("CARGO_PKG_VERSION"), "this coordinator leads");

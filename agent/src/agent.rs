@@ -169,11 +169,15 @@ impl Agent {
             return true;
         }
         if self.journal.exists() || managed && self.trouble.is_some() {
-            let step =
-                self.trouble.as_ref().map_or_else(String::new, |trouble| format!("not done: {trouble}"));
-            self.publish(&seen, &step).await;
+            let doing = self.doing("");
+            self.publish(&seen, &doing).await;
         }
         false
+    }
+
+    // What went wrong stays what is said while it is tried again: words that change with each try would wait for each other.
+    fn doing(&self, step: &str) -> String {
+        self.trouble.as_ref().map_or_else(|| step.to_owned(), |trouble| format!("not done: {trouble}"))
     }
 
     async fn act(&mut self, next: Next, seen: &Seen) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -183,7 +187,8 @@ impl Agent {
                 self.begin(&grant);
                 self.journal.enter(State::Preparing, "Preparing", "")?;
                 self.metrics.see(&self.journal.entry);
-                self.publish(seen, "examining the node").await;
+                let doing = self.doing("examining the node");
+                self.publish(seen, &doing).await;
                 let pods = self.node.pods().await?;
                 self.blocking(move |journal, site| work::prepare(journal, site, &grant, Some(&pods))).await?;
             }
@@ -246,7 +251,8 @@ impl Agent {
         }
         let closed = self.blocking(work::close_flannel).await;
         // Those who watch want to know; the node doesn't depend on it.
-        drop(timeout(ANNOUNCE, self.publish(seen, "moving pods")).await);
+        let doing = self.doing("moving pods");
+        drop(timeout(ANNOUNCE, self.publish(seen, &doing)).await);
         let done = match closed {
             Ok(()) => {
                 let pods: Option<Vec<Known>> = match timeout(ANNOUNCE, self.node.pods()).await {

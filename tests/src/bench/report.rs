@@ -24,8 +24,6 @@ pub struct Kept {
     pub sides: Vec<Figures>,
     /// Of big clusters.
     pub scale: Vec<scale::Figures>,
-    /// The same of an older coordinator, to be told beside.
-    pub before: Vec<scale::Figures>,
     /// Of the switch alone.
     pub switch: Vec<switch::Figures>,
     /// Of the agent at rest.
@@ -42,7 +40,6 @@ impl Kept {
         Ok(Self {
             sides: kept("sides-")?,
             scale: kept("scale-")?,
-            before: kept("before-scale-")?,
             switch: switch.into_iter().flatten().collect(),
             rest: rest.into_iter().flatten().collect(),
             images: images.into_iter().flatten().collect(),
@@ -121,6 +118,7 @@ fn text(kept: &Kept) -> String {
     );
     text.push_str("## The goals\n\n");
     text.push_str(&goals::table_of(kept));
+    text.push_str(goals::WHY_NOT);
     let _ = write!(
         text,
         "\n## Beside Calico's own controller\n\n\
@@ -137,7 +135,9 @@ fn text(kept: &Kept) -> String {
     text.push_str(&phases(kept));
     text.push_str("\n### Flows\n\n");
     text.push_str(&flows::table(kept));
-    text.push_str("\n![Longest gap](bench-gap.svg)\n\n### Writes to the API server\n\n");
+    text.push_str("\n![Longest gap](bench-gap.svg)\n\n### The floor\n\n");
+    text.push_str(&flows::floor(kept));
+    text.push_str("\n### Writes to the API server\n\n");
     text.push_str(&flows::writes(kept));
     text.push_str("\n### Left behind\n\n");
     text.push_str(&flows::leftovers(kept));

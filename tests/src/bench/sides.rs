@@ -87,6 +87,17 @@ pub struct Figures {
     pub on_nodes: Vec<String>,
     /// Left in the API, a line each.
     pub in_api: Vec<String>,
+    /// What cannot be less; where pods stay.
+    pub floor: Option<Floor>,
+}
+
+/// What calico-node's start alone costs: made anew on the migrated cluster, the same traffic flowing, as many nodes at a time.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Floor {
+    /// Seconds from the old pods' deletion to the new ones' being ready, per turn.
+    pub seconds: Vec<f64>,
+    /// The traffic in that time.
+    pub traffic: Report,
 }
 
 impl Figures {
@@ -151,9 +162,7 @@ fn one(plan: &Plan, side: Side, round: u32, testbed: &Path) -> Result<Figures> {
     bed.apply_calico()?;
     history::rolled_out(&bed, "deployment/calico-kube-controllers")?;
     let before = pods::identities(&bed)?;
-    // The same time-out for all, the one under which in place nothing may be lost: late isn't lost.
-    let options = Options { interval: Duration::from_millis(10), timeout: PATIENCE, ..Options::default() };
-    let prober = Prober::start(bed.site()?, options)?;
+    let prober = Prober::start(bed.site()?, options())?;
     let logged = audit::position(&bed)?;
     let began = Instant::now();
     let follower = Follower::start(&bed.plan.kubeconfig(), began)?;
@@ -170,6 +179,7 @@ fn one(plan: &Plan, side: Side, round: u32, testbed: &Path) -> Result<Figures> {
     let calls = audit::since(&bed, logged)?;
     let after = pods::identities(&bed)?;
     eprintln!("bench: {} took {job_seconds:.1} s, {} probes lost", side.title(), traffic.lost());
+    let (on_nodes, in_api) = (checks::leftovers(&bed)?, checks::objects(&bed)?);
     Ok(Figures {
         side,
         round,
@@ -179,9 +189,41 @@ fn one(plan: &Plan, side: Side, round: u32, testbed: &Path) -> Result<Figures> {
         pods: before.len(),
         changed_pods: pods::differences(&before, &after),
         calls,
-        on_nodes: checks::leftovers(&bed)?,
-        in_api: checks::objects(&bed)?,
+        on_nodes,
+        in_api,
+        floor: match side {
+            Side::Peer | Side::Drain => None,
+            Side::InPlace => Some(floor(&bed, 1)?),
+            Side::InPlaceAll => Some(floor(&bed, bed.nodes.len())?),
+        },
     })
+}
+
+/// Deletes calico-node's pods of so many nodes at a time, with the same prober.
+fn floor(bed: &Bed, at_once: usize) -> Result<Floor> {
+    let prober = Prober::start(bed.site()?, options())?;
+    let mut seconds = Vec::new();
+    for turn in bed.nodes.chunks(at_once) {
+        let began = Instant::now();
+        let nodes: Vec<&str> = turn.iter().map(|node| node.shape.name.as_str()).collect();
+        let mut names = Vec::new();
+        for node in nodes {
+            let field = format!("spec.nodeName={node}");
+            let pods = ["-n", "kube-system", "get", "pods", "-l", "k8s-app=calico-node", "-o", "name"];
+            let told = bed.kubectl(&[&pods[..], &["--field-selector", &field]].concat())?;
+            names.extend(told.lines().map(str::to_owned));
+        }
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        bed.kubectl(&[&["-n", "kube-system", "delete", "--wait=true"], &names[..]].concat())?;
+        history::rolled_out(bed, "daemonset/calico-node")?;
+        seconds.push(began.elapsed().as_secs_f64());
+    }
+    Ok(Floor { seconds, traffic: prober.stop()? })
+}
+
+// The same time-out for all, the one under which in place nothing may be lost: late isn't lost.
+fn options() -> Options {
+    Options { interval: Duration::from_millis(10), timeout: PATIENCE, ..Options::default() }
 }
 
 fn apply(bed: &Bed, side: Side) -> Result<()> {

@@ -11,11 +11,11 @@ use crate::bench::{
 
 const MIB: f64 = 1_048_576.0;
 
-/// What was changed between the two.
-const BEFORE: &str = "Measured first, with an older coordinator; what was slow then: a waiting node named all nodes in its way, so that the status grew by the \
-square of the nodes (now five are named); the roll looked at all nodes at each change of one without a pause, which starved the renewal of the leadership until the \
-coordinator of 1,000 nodes stopped itself in the middle of the roll (now it rests as long as a look took); each look copied what isn't kept; who wrote \
-which field was stored; labels were written one by one.";
+/// What was changed in the coordinator.
+const SCALE_BEFORE: &str = "\nBefore, at 5,000 nodes: 5.9 s to the verdict, 322 s to all nodes prepared, 737 ms of processor time per node with one at a time, \
+206 MiB resident. What was slow then: a waiting node named all nodes in its way, so that the status grew by the square of the nodes (now five are \
+named); the roll looked at all nodes at each change of one, without a pause (now it rests nineteen times as long as a look took); each look copied what isn't \
+kept; labels were written one by one. Then, with 500 nodes at a time, 102 MiB: each had a connection of its own (now 32 calls are under way at a time).\n";
 
 /// What was changed in the agent's switch.
 const SWITCH_BEFORE: &str = "\nBefore, on the machine of the first report: 227, 193, 238 and 434 ms with 1, 10, 50 and 110 pods. What was slow then: each \
@@ -61,10 +61,7 @@ pub fn text(kept: &Kept) -> String {
     text.push_str(&rolling(&kept.scale));
     text.push_str("\n![Processor time per node](bench-scale.svg)\n\n### Start and restart\n\n");
     text.push_str(&starting(&kept.scale));
-    if !kept.before.is_empty() {
-        let _ =
-            write!(text, "\n### Before\n\n{BEFORE}\n\n{}\n{}", rolling(&kept.before), starting(&kept.before));
-    }
+    text.push_str(SCALE_BEFORE);
     text.push_str("\n## The agent\n\n### The switch by number of pods\n\n");
     text.push_str(
         "The agent's own operations on real devices in network namespaces, journal included, without kubelet, flanneld and Felix. What moves pods \

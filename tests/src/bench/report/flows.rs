@@ -9,17 +9,74 @@ use crate::{
         sides::{Figures, Side},
         stats::{Spread, float, shown},
     },
-    probe::{Kind, report::KindReport},
+    probe::{Kind, Report, report::KindReport},
 };
 
 /// The longest gap on any flow of a run, in milliseconds.
 pub fn longest_gap(run: &Figures) -> f64 {
-    run.traffic.kinds.iter().map(|kind| kind.figures.longest_gap_ms).fold(0.0, f64::max)
+    longest(&run.traffic, |_| true)
 }
 
 /// The same without what the prober itself was late by: its interval, and its latest tick.
 pub fn beyond_resolution(run: &Figures) -> f64 {
-    (longest_gap(run) - run.traffic.interval_ms - run.traffic.prober.max_late_ms).max(0.0)
+    beyond(&run.traffic, |_| true)
+}
+
+/// The same of the flows for which no program has to run.
+pub fn beyond_of_kernels(run: &Figures) -> f64 {
+    beyond(&run.traffic, by_kernel)
+}
+
+/// Which kinds of flows count.
+type Counts = fn(Kind) -> bool;
+
+fn longest(traffic: &Report, counts: Counts) -> f64 {
+    let gaps = traffic.kinds.iter().filter(|kind| counts(kind.kind)).map(|kind| kind.figures.longest_gap_ms);
+    gaps.fold(0.0, f64::max)
+}
+
+fn beyond(traffic: &Report, counts: Counts) -> f64 {
+    (longest(traffic, counts) - traffic.interval_ms - traffic.prober.max_late_ms).max(0.0)
+}
+
+/// Whether the kernels answer, and no program has to run.
+const fn by_kernel(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::PodToPodOtherNode | Kind::PodToPodSameNode | Kind::HostToOwnPod | Kind::HostToOtherPod
+    )
+}
+
+/// The same gaps beside those of calico-node's start alone.
+pub fn floor(kept: &Kept) -> String {
+    let mut rows = Vec::new();
+    for side in [Side::InPlace, Side::InPlaceAll] {
+        let floors = || kept.of(side).filter_map(|run| run.floor.as_ref());
+        let kinds: [(&str, Counts); 2] =
+            [("answered by kernels (ICMP)", by_kernel), ("answered by programs", |kind| !by_kernel(kind))];
+        for (name, counts) in kinds {
+            rows.push(vec![
+                format!("{}: {name}", side.title()),
+                shown(kept.of(side).map(|run| beyond(&run.traffic, counts))),
+                shown(floors().map(|floor| beyond(&floor.traffic, counts))),
+            ]);
+        }
+        rows.push(vec![
+            format!("{}: seconds", side.title()),
+            shown(kept.node_times(side)),
+            shown(floors().flat_map(|floor| floor.seconds.iter().copied())),
+        ]);
+    }
+    let mut text = super::table(
+        &["longest gap beyond the prober's resolution, ms", "migration", "calico-node's start alone"],
+        rows,
+    );
+    text.push_str(
+        "\nFor the second column calico-node's pods are deleted on the migrated cluster, one node after another or all at once, and \
+         become ready again, with the same traffic and nothing of ours at work. Programs that answer wait for a processor meanwhile; \
+         what kernels answer doesn't.\n",
+    );
+    text
 }
 
 /// Long-lived connections that were opened again, or that never answered again in time.

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use flannel_migration_protocol::keys;
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, PersistentVolumeClaim, Pod, Service, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use k8s_openapi::{ClusterResourceScope, NamespaceResourceScope};
 use kube::api::{Api, DeleteParams, ListParams};
 use kube::runtime::watcher;
 use kube::{Resource, ResourceExt as _};
@@ -185,29 +185,28 @@ async fn rights(writer: &Writer, namespace: &str, account: &str) -> Result<()> {
     let all = read("list ClusterRoleBindings", bindings.list(&ListParams::default())).await?.items;
     for binding in all.iter().filter(|binding| is_only_for(binding, namespace, account)) {
         let name = binding.name_any();
-        found(
-            writer
-                .write(
-                    format!("delete ClusterRoleBinding {name}"),
-                    bindings.delete(&name, &DeleteParams::default()),
-                )
-                .await,
-        )?;
-        info!(step = "finish", kind = "ClusterRoleBinding", name, "deleted");
         let role = &binding.role_ref.name;
         let shared = all.iter().any(|other| {
             other.name_any() != name && other.role_ref.kind == "ClusterRole" && other.role_ref.name == *role
         });
-        // Roles that come with Kubernetes or serve others stay.
+        // The role first: it is found by its binding. Roles that come with Kubernetes or serve others stay.
         if binding.role_ref.kind == "ClusterRole" && !shared && role.contains("flannel") {
-            let roles: Api<ClusterRole> = Api::all(writer.client.clone());
-            found(
-                writer
-                    .write(format!("delete ClusterRole {role}"), roles.delete(role, &DeleteParams::default()))
-                    .await,
-            )?;
-            info!(step = "finish", kind = "ClusterRole", name = role, "deleted");
+            cluster_wide::<ClusterRole>(writer, role).await?;
         }
+        cluster_wide::<ClusterRoleBinding>(writer, &name).await?;
+    }
+    Ok(())
+}
+
+async fn cluster_wide<K>(writer: &Writer, name: &str) -> Result<()>
+where
+    K: Resource<DynamicType = (), Scope = ClusterResourceScope> + Clone + std::fmt::Debug + DeserializeOwned,
+{
+    let (kind, api) = (K::kind(&()), Api::<K>::all(writer.client.clone()));
+    let params = DeleteParams::default();
+    let deleted = api.delete(name, &params);
+    if found(writer.write(format!("delete {kind} {name}"), deleted).await)?.is_some() {
+        info!(step = "finish", %kind, name, "deleted");
     }
     Ok(())
 }

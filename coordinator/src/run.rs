@@ -59,8 +59,8 @@ pub enum Error {
     /// Images are missing.
     #[error(transparent)]
     Images(#[from] images::Error),
-    /// Another coordinator has taken over.
-    #[error("the leadership is lost; another coordinator goes on")]
+    /// Another coordinator may have taken over.
+    #[error("the leadership is lost")]
     Deposed,
     /// An administrator ended the run.
     #[error("{0}; the Job is suspended: `coordinator resume`, or kubectl delete -k manifests")]
@@ -95,13 +95,28 @@ pub async fn run(options: &Options) -> Result<(), Error> {
     let board = Board::new(options, &identity, metrics);
     let candidate = Candidate::new(leading, &options.namespace, identity.clone(), probes.clone());
     let migration = async {
-        candidate.acquire().await?;
-        info!(identity, step = "lead", version = env!("CARGO_PKG_VERSION"), "this coordinator leads");
-        let writer = Writer::new(client.clone(), candidate.leadership(), Some(identity.clone()));
-        tokio::select! {
-            done = migrate(&client, &writer, options, &board, &probes) => done,
-            () = candidate.keep() => Err(Error::Deposed),
-            () = lost(&candidate) => Err(Error::Deposed),
+        loop {
+            candidate.acquire().await?;
+            info!(identity, step = "lead", version = env!("CARGO_PKG_VERSION"), "this coordinator leads");
+            let writer = Writer::new(client.clone(), candidate.leadership(), Some(identity.clone()));
+            let ended = tokio::select! {
+                done = migrate(&client, &writer, options, &board, &probes) => done,
+                () = candidate.keep() => Err(Error::Deposed),
+                () = lost(&candidate) => Err(Error::Deposed),
+            };
+            match ended {
+                // Whoever ended here would be started again after a pause that grows with each outage of the API server.
+                Err(error) if !writer.leads() => {
+                    warn!(
+                        identity,
+                        step = "lead",
+                        why = api::chain(&error),
+                        "not leading any more; candidate again"
+                    );
+                    probes.set_ready(false);
+                }
+                ended => return ended,
+            }
         }
     };
     let result = tokio::select! {

@@ -25,6 +25,8 @@ mod kills;
 mod matrix;
 #[path = "migration/obstacles.rs"]
 mod obstacles;
+#[path = "migration/outages.rs"]
+mod outages;
 #[path = "migration/partition.rs"]
 mod partition;
 #[path = "migration/reboots.rs"]
@@ -39,10 +41,14 @@ mod screen;
 mod settings;
 #[path = "migration/spoiled.rs"]
 mod spoiled;
+#[path = "migration/table.rs"]
+mod table;
 #[path = "migration/unusual.rs"]
 mod unusual;
 #[path = "migration/witness.rs"]
 mod witness;
+#[path = "migration/writes.rs"]
+mod writes;
 
 use std::{
     collections::BTreeMap,

@@ -101,8 +101,13 @@ pub fn stop_controllers(bed: &Bed) -> Result<()> {
     daemon(bed, "kube-scheduler").stop()
 }
 
-/// Starts etcd.
-fn start_etcd(bed: &Bed) -> Result<()> {
+/// Stops etcd alone.
+pub fn stop_etcd(bed: &Bed) -> Result<()> {
+    daemon(bed, "etcd").stop()
+}
+
+/// Starts etcd, again with what it stored.
+pub fn start_etcd(bed: &Bed) -> Result<()> {
     let data = bed.plan.directory().join(PART).join("etcd");
     fs::create_dir_all(&data)?;
     let arguments = [

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// How long the API server is down; 90 s when every fault is asked for.
-fn outage() -> Duration {
+pub fn outage() -> Duration {
     Duration::from_secs(if std::env::var_os("FAULTS").is_some() { 90 } else { 15 })
 }
 
@@ -65,7 +65,9 @@ fn faults_around_a_migration_have_their_documented_outcome_and_the_run_goes_on()
     api_server_that_is_down(bed, &prober);
     flannel_that_is_put_back(bed, &prober);
 
-    complete(bed, Duration::from_mins(3));
+    // After an outage Kubernetes' own controllers take their time until they see again that a DaemonSet is there or gone: five minutes
+    // at most.
+    complete(bed, Duration::from_mins(6));
     expect_connected(&prober);
     prober.stop().unwrap();
     expect_migrated(bed);

@@ -12,10 +12,9 @@ use serde_json::{Value, json};
 
 use super::{
     AGENT, bed, complete, expect_migrated, items, look,
-    matrix::{
-        Ambush, Matrix, back_to_flannel, begin, delete_agent, journal, replace_agent, rest_on, wait, whole,
-    },
+    matrix::{back_to_flannel, begin, delete_agent, journal, meet, replace_agent, rest_on, wait, whole},
     rollback::{command, expect_connected},
+    table::Matrix,
 };
 
 const JOURNAL: &str = "/var/lib/cni/flannel-migration";
@@ -56,9 +55,7 @@ fn spoil_journal(
     state: &str,
     spoil: impl Fn(&str) -> String,
 ) {
-    let ambush = Ambush::lay(bed, "n1", state, None);
-    command(bed, &["resume", "n1"]);
-    let met = ambush.meet(bed);
+    let met = meet(bed, "n1", state, None);
     matrix.reset();
     met.kill();
     let path = journal(bed, "n1");
@@ -127,12 +124,7 @@ fn disk_full(bed: &Bed, matrix: &Matrix) {
         ("verifying", "remove-rules", false),
         ("reverting", "move-pods", true),
     ] {
-        if !back {
-            back_to_flannel(bed, "n1");
-        }
-        let ambush = Ambush::lay(bed, "n1", state, Some(op));
-        command(bed, &[if back { "rollback" } else { "resume" }, "n1"]);
-        let met = ambush.meet(bed);
+        let met = meet(bed, "n1", state, Some(op));
         fill(bed);
         matrix.reset();
         met.go_on();
@@ -160,10 +152,7 @@ fn somebody_elses_config(bed: &Bed, matrix: &Matrix) {
     rest_on(bed, "n1", "calico");
     matrix.row("another CNI config first", "flannel, leased", "given back; migrated when it is gone", None);
 
-    back_to_flannel(bed, "n1");
-    let ambush = Ambush::lay(bed, "n1", "verifying", None);
-    command(bed, &["resume", "n1"]);
-    let met = ambush.meet(bed);
+    let met = meet(bed, "n1", "verifying", None);
     matrix.reset();
     shell(bed, &put);
     met.go_on();

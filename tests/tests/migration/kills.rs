@@ -13,6 +13,7 @@ use super::{
     AGENT, bed, complete, expect_migrated, items,
     matrix::{agent_process, journal, progress, read, replace_agent, rest_on},
     rollback::command,
+    table::Matrix,
 };
 use flannel_migration_tests::{
     bed::Bed,
@@ -104,26 +105,20 @@ impl Killer {
         Self { stop, kills, thread }
     }
 
-    fn end(self, what: &str) -> usize {
+    /// Ends, and tells of each kill and of what all of them cost; returns how many there were.
+    fn end(self, matrix: &Matrix, how: &str, outcome: &str) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap();
         let kills = self.kills.lock().unwrap();
-        eprintln!("{what}: {} kills", kills.len());
         for kill in kills.iter() {
-            eprintln!("  at {:<24} journal at death: {:<24} state {}", kill.at, kill.left, kill.state);
+            let Kill { at, left, state } = kill;
+            eprintln!(
+                "| m-kills | agent killed | {how}, {at}; journal at death: {state}, {left} | {outcome} |  |"
+            );
         }
+        matrix.row(&format!("agent killed {} times", kills.len()), how, outcome, None);
         kills.len()
     }
-}
-
-fn losses(prober: &Prober, what: &str) {
-    let report = prober.report().unwrap();
-    let lost: u64 = report.flows.iter().map(|flow| flow.figures.lost).sum();
-    let sent: u64 = report.flows.iter().map(|flow| flow.figures.sent).sum();
-    let outage = report.flows.iter().map(|flow| flow.figures.longest_outage_ms).fold(0.0, f64::max);
-    let broken: u64 = report.flows.iter().map(|flow| flow.figures.reconnects).sum();
-    eprintln!("{what}: lost {lost} of {sent}, longest outage {outage:.0} ms, broken connections {broken}");
-    prober.reset().unwrap();
 }
 
 #[test]
@@ -131,7 +126,7 @@ fn an_agent_killed_at_any_operation_goes_on_where_it_was_and_no_pod_is_replaced(
     let scratch = bed("m-kills", Shape { nodes: NodeShape::numbered(2), ..Shape::default() });
     let bed = &scratch.bed;
     deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
-    let before = migration::pods::identities(bed).unwrap();
+    let mut before = migration::pods::identities(bed).unwrap();
     let prober = Prober::start(
         bed.site().unwrap(),
         Options { interval: Duration::from_millis(20), ..Options::default() },
@@ -149,34 +144,45 @@ fn an_agent_killed_at_any_operation_goes_on_where_it_was_and_no_pod_is_replaced(
     run::wait_for("the agents run", Duration::from_mins(1), agents).unwrap();
     // The second node isn't started before the first is through.
     command(bed, &["pause", "n2"]);
-    prober.reset().unwrap();
+    let matrix = Matrix::new("m-kills", &prober);
+    let unchanged = |before: &_| {
+        let changed = migration::pods::differences(before, &migration::pods::identities(bed).unwrap());
+        assert!(changed.is_empty(), "{}", changed.join("\n"));
+    };
+    matrix.reset();
     let killer = Killer::start(bed, "n1", At::Begun);
     command(bed, &["resume"]);
     rest_on(bed, "n1", "calico");
-    let mut kills = killer.end("migrating, killed at the beginning of each operation");
-    losses(&prober, "migrating n1");
+    let mut kills = killer.end(&matrix, "in-place", "migrated");
 
-    // All of it back, killed after each operation that was undone; and the other node forward, killed after each that was done.
-    let exhaustive = std::env::var_os("FAULTS").is_some();
-    if exhaustive {
+    // All of it back, killed after each operation that was undone; forward again by a drain; and the other node, killed after each that
+    // was done.
+    if std::env::var_os("FAULTS").is_some() {
         let killer = Killer::start(bed, "n1", At::Undone);
         command(bed, &["rollback", "n1"]);
         rest_on(bed, "n1", "flannel");
-        kills += killer.end("going back, killed after each operation undone");
-        losses(&prober, "n1 going back");
+        kills += killer.end(&matrix, "going back", "flannel's again");
+        unchanged(&before);
+        bed.kubectl(&["annotate", "node", "n1", "flannel-migration/strategy=drain"]).unwrap();
+        let killer = Killer::start(bed, "n1", At::Begun);
         command(bed, &["resume", "n1"]);
         rest_on(bed, "n1", "calico");
-        prober.reset().unwrap();
+        kills += killer.end(&matrix, "drain", "migrated");
+        bed.kubectl(&["annotate", "node", "n1", "flannel-migration/strategy-"]).unwrap();
+        run::wait_for("pods are Ready", Duration::from_mins(1), || {
+            Ok(migration::checks::pods(bed)?.is_empty())
+        })
+        .unwrap();
+        before = migration::pods::identities(bed).unwrap();
+        matrix.reset();
     }
     let killer = Killer::start(bed, "n2", At::Done);
     command(bed, &["resume", "n2"]);
     complete(bed, Duration::from_mins(5));
-    kills += killer.end("migrating, killed after each operation");
-    losses(&prober, "migrating n2");
+    kills += killer.end(&matrix, "in-place", "migrated");
     // Some operations are too quick to be seen between two looks.
     assert!(kills >= 10, "only {kills} kills");
-    let changed = migration::pods::differences(&before, &migration::pods::identities(bed).unwrap());
-    assert!(changed.is_empty(), "{}", changed.join("\n"));
+    unchanged(&before);
     prober.stop().unwrap();
     expect_migrated(bed);
 }

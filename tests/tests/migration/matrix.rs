@@ -1,10 +1,7 @@
-//! Many faults on one cluster, one after another: a node is met at an exact moment, and a table says where each fault came, how it
-//! ended and what it cost.
+//! Many faults on one cluster, one after another: a node is met at an exact moment of its way.
 
 use std::{
-    cell::RefCell,
-    collections::BTreeSet,
-    fmt::{self, Write as _},
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     sync::{
@@ -17,8 +14,8 @@ use std::{
 
 use flannel_migration_tests::{
     bed::{Bed, node},
-    migration::{self, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL},
-    probe::{Kind, Options, Prober, Report, Workloads, deploy_to},
+    migration::{self, LEASE_LABEL, NETWORK_LABEL, PATIENCE, STATE_LABEL},
+    probe::{Options, Prober, Workloads, deploy_to},
     run,
 };
 use nix::{
@@ -28,6 +25,11 @@ use nix::{
 use serde_json::{Value, json};
 
 use super::{AGENT, items, label, look, rollback::command};
+
+/// How long it may take until an agent is where it is waited for.
+const PASSED: Duration = Duration::from_mins(1);
+/// How often it is waited for: some moments last less than a turn of the processor does on a machine with much to do.
+const TRIES: usize = 4;
 
 /// Path of a node's journal, as seen from the machine.
 pub fn journal(bed: &Bed, node: &str) -> PathBuf {
@@ -99,20 +101,27 @@ pub fn rest_on(bed: &Bed, node: &str, network: &str) {
 /// The workloads and their prober, then a migration of which nothing is started before `command(bed, &["resume"])`; the
 /// coordinator is on `home`.
 pub fn begin(bed: &Bed, home: &str, environment: &[(&str, &str)]) -> Prober {
-    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
-    let options = Options { interval: Duration::from_millis(20), ..Options::default() };
-    let prober = Prober::start(bed.site().unwrap(), options).unwrap();
-    migration::apply_with(bed, environment, |job| {
+    let prober = begin_with(bed, environment, |job| {
         job["metadata"]["annotations"]["flannel-migration/request"] = "pause".into();
         job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = home.into();
-    })
-    .unwrap();
+    });
+    wait(bed, "the cluster is prepared", Duration::from_mins(2), || {
+        Ok(items(&bed.get(&["nodes"])?).iter().all(|node| label(node, NETWORK_LABEL) == "flannel"))
+    });
+    prober
+}
+
+/// The workloads and their prober, then the manifests with the Job changed by `edit`; waits until the agents run.
+pub fn begin_with(bed: &Bed, environment: &[(&str, &str)], edit: impl FnOnce(&mut Value)) -> Prober {
+    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
+    // Late isn't lost: a machine with many clusters answers late.
+    let options = Options { interval: Duration::from_millis(20), timeout: PATIENCE, ..Options::default() };
+    let prober = Prober::start(bed.site().unwrap(), options).unwrap();
+    migration::apply_with(bed, environment, edit).unwrap();
     let wanted = bed.nodes.len();
-    wait(bed, "the agents run and the cluster is prepared", Duration::from_mins(2), || {
+    wait(bed, "the agents run", Duration::from_mins(2), || {
         let pods = bed.get(&["-n", "kube-system", "pods", "-l", &format!("k8s-app={AGENT}")])?;
-        let running = items(&pods).iter().filter(|pod| pod["status"]["phase"] == "Running").count();
-        let nodes = items(&bed.get(&["nodes"])?);
-        Ok(running == wanted && nodes.iter().all(|node| label(node, NETWORK_LABEL) == "flannel"))
+        Ok(items(&pods).iter().filter(|pod| pod["status"]["phase"] == "Running").count() == wanted)
     });
     prober
 }
@@ -182,15 +191,32 @@ impl Met {
     }
 }
 
+/// Sends a node on its way, or back, and stops its agent as soon as its journal is in this state, and `op`, if one is given, is begun or
+/// done; `!op`: is neither.
+pub fn meet(bed: &Bed, node: &str, state: &str, op: Option<&str>) -> Met {
+    let back = state == "reverting";
+    let met = (0..TRIES).find_map(|_| {
+        if back {
+            command(bed, &["resume", node]);
+            rest_on(bed, node, "calico");
+        } else {
+            back_to_flannel(bed, node);
+        }
+        let ambush = Ambush::lay(bed, node, state, op);
+        command(bed, &[if back { "rollback" } else { "resume" }, node]);
+        ambush.meet()
+    });
+    met.unwrap_or_else(|| panic!("the agent was never met in {state}\n{}", logs(bed)))
+}
+
 /// Lies in wait for a node's agent.
-pub struct Ambush {
+struct Ambush {
     thread: JoinHandle<Option<Met>>,
     over: Arc<AtomicBool>,
 }
 
 impl Ambush {
-    /// Stops the agent as soon as its journal is in this state, and `op`, if one is given, is begun or done; `!op`: is neither.
-    pub fn lay(bed: &Bed, node: &str, state: &str, op: Option<&str>) -> Self {
+    fn lay(bed: &Bed, node: &str, state: &str, op: Option<&str>) -> Self {
         let (path, netns) = (journal(bed, node), bed.plan.netns(node));
         let mut process = None;
         wait(bed, "the agent runs", Duration::from_mins(1), || {
@@ -225,103 +251,43 @@ impl Ambush {
         Self { thread, over }
     }
 
-    /// Waits until it is there.
-    pub fn meet(self, bed: &Bed) -> Met {
-        let limit = Instant::now() + Duration::from_mins(2);
+    /// Waits until it is there; in vain when it was too quick for two looks.
+    fn meet(self) -> Option<Met> {
+        let limit = Instant::now() + PASSED;
         while !self.thread.is_finished() && Instant::now() < limit {
             thread::sleep(Duration::from_millis(5));
         }
         self.over.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap().unwrap_or_else(|| panic!("the agent was never met\n{}", logs(bed)))
+        self.thread.join().unwrap()
     }
 }
 
-/// What was lost on all flows, or on those of all nodes but one.
-#[derive(Default)]
-pub struct Losses {
-    lost: u64,
-    sent: u64,
-    broken: u64,
-    outage: f64,
-    kinds: BTreeSet<Kind>,
-}
+/// A moment of a node's way: the state, an operation of it, and what the coordinator has answered.
+pub struct Moment(pub &'static str, pub Option<&'static str>, pub Option<&'static str>);
 
-impl Losses {
-    fn add(&mut self, report: &Report, but: Option<&str>) {
-        let counts = |node: &String| but.is_none_or(|but| node != but);
-        for flow in report.flows.iter().filter(|flow| flow.nodes.iter().all(counts)) {
-            self.lost += flow.figures.lost;
-            self.sent += flow.figures.sent;
-            self.broken += flow.figures.reconnects;
-            self.outage = self.outage.max(flow.figures.longest_outage_ms);
-            self.kinds.extend((flow.figures.lost > 0).then_some(flow.kind));
+impl Moment {
+    /// Whether it is on the way back.
+    pub fn back(&self) -> bool {
+        self.0 == "reverting"
+    }
+
+    /// Sends a node that is flannel's on its way, by this strategy, and stops its agent at this moment; says exactly where. The node isn't
+    /// tried again after it.
+    pub fn reach(&self, bed: &Bed, node: &str, strategy: &str) -> (Met, String) {
+        let Self(state, op, answer) = self;
+        let wanted = format!("flannel-migration/strategy={strategy}");
+        bed.kubectl(&["annotate", "node", node, "--overwrite", &wanted]).unwrap();
+        let met = meet(bed, node, state, *op);
+        let mut at = format!("{strategy}, {}", met.at);
+        if let Some(network) = answer {
+            met.answered(bed, node, state, network);
+            let _ = write!(at, ", network {network}");
         }
+        if !self.back() {
+            command(bed, &["pause", node]);
+        }
+        (met, at)
     }
-}
-
-impl fmt::Display for Losses {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { lost, sent, broken, outage, kinds } = self;
-        write!(f, "{lost} of {sent}, longest outage {outage:.0} ms, {broken} broken")?;
-        if kinds.is_empty() { Ok(()) } else { write!(f, ", on {kinds:?}") }
-    }
-}
-
-/// Rows of the table that `hack/faults` prints.
-pub struct Matrix<'a> {
-    prober: &'a Prober,
-    title: &'static str,
-    losses: RefCell<Losses>,
-}
-
-impl<'a> Matrix<'a> {
-    pub fn new(title: &'static str, prober: &'a Prober) -> Self {
-        // The test's name may stand in the line still.
-        eprintln!("{title}:");
-        Self { prober, title, losses: RefCell::default() }
-    }
-
-    /// What is lost from now on is the next fault's.
-    pub fn reset(&self) {
-        self.prober.reset().unwrap();
-        self.losses.take();
-    }
-
-    /// Traffic flows whole again soon; what was lost until then is the fault's.
-    pub fn expect_connected(&self) {
-        self.losses.borrow_mut().add(&self.prober.report().unwrap(), None);
-        let count = |report: &Report| self.losses.borrow_mut().add(report, None);
-        connected_counting(self.prober, Duration::from_secs(20), count);
-        self.prober.reset().unwrap();
-    }
-
-    /// One fault that is over; losses of all flows count but those of `but`, a node that is down.
-    pub fn row(&self, fault: &str, at: &str, outcome: &str, but: Option<&str>) {
-        let mut losses = self.losses.take();
-        losses.add(&self.prober.report().unwrap(), but);
-        let whose = but.map(|node| format!(" without {node}'s own")).unwrap_or_default();
-        eprintln!("| {} | {fault} | {at} | {outcome} | {losses}{whose} |", self.title);
-        self.reset();
-    }
-}
-
-/// Traffic flows whole again: every flow, for a whole second.
-pub fn connected(prober: &Prober, limit: Duration) {
-    connected_counting(prober, limit, |_| ());
-}
-
-fn connected_counting(prober: &Prober, limit: Duration, count: impl Fn(&Report)) {
-    let mut lines = Vec::new();
-    run::wait_for("nothing is lost any more", limit, || {
-        prober.reset()?;
-        thread::sleep(Duration::from_secs(1));
-        let report = prober.report()?;
-        count(&report);
-        let losing = report.flows.iter().filter(|flow| flow.figures.lost > 0 || flow.figures.sent == 0);
-        lines = losing.map(|flow| format!("{:?} {} -> {}", flow.kind, flow.from, flow.to)).collect();
-        Ok(lines.is_empty())
-    })
-    .unwrap_or_else(|error| panic!("{error:#}: {}", lines.join("\n")));
 }
 
 /// The node's host is of this network, and nothing of the other is left.

@@ -19,9 +19,10 @@ use serde_json::Value;
 
 use super::{
     bed, expect_migrated, label,
-    matrix::{Matrix, begin, connected, wait},
+    matrix::{begin, wait},
     rollback::command,
     settings::coordinator,
+    table::{Matrix, connected},
     witness::Witness,
 };
 

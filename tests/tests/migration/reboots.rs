@@ -1,7 +1,7 @@
 //! A node's power is cut in each state of its migration. It comes back with one network, whole, its pods running and reached from
 //! everywhere; and then it is migrated after all.
 
-use std::{fmt::Write as _, fs, time::Duration};
+use std::{fs, time::Duration};
 
 use flannel_migration_tests::{
     bed::{Bed, node},
@@ -14,33 +14,30 @@ use serde_json::{Value, json};
 
 use super::{
     bed, complete, expect_migrated,
-    matrix::{
-        Ambush, Matrix, back_to_flannel, begin, connected, forget_failures, rest, rest_on, wait, whole,
-    },
+    matrix::{Moment, back_to_flannel, begin, forget_failures, rest, rest_on, wait, whole},
     rollback::command,
+    table::{Matrix, connected},
 };
 
-/// When the power is cut: the state and an operation of it, what the coordinator has answered, and where the node comes to rest.
-struct Moment(&'static str, Option<&'static str>, Option<&'static str>, &'static str);
-
-const IN_PLACE: [Moment; 10] = [
-    Moment("preparing", None, None, "flannel"),
-    Moment("prepared", None, None, "flannel"),
-    Moment("prepared", None, Some("none"), "flannel"),
-    Moment("switching", Some("swap-config"), None, "flannel"),
-    Moment("switching", Some("move-pods"), None, "flannel"),
-    Moment("verifying", None, None, "calico"),
-    Moment("verifying", None, Some("calico"), "calico"),
-    Moment("calico", None, None, "calico"),
-    Moment("reverting", None, None, "flannel"),
-    Moment("reverting", Some("!move-pods"), None, "flannel"),
+/// When the power is cut, and where the node comes to rest.
+const IN_PLACE: [(Moment, &str); 10] = [
+    (Moment("preparing", None, None), "flannel"),
+    (Moment("prepared", None, None), "flannel"),
+    (Moment("prepared", None, Some("none")), "flannel"),
+    (Moment("switching", Some("swap-config"), None), "flannel"),
+    (Moment("switching", Some("move-pods"), None), "flannel"),
+    (Moment("verifying", None, None), "calico"),
+    (Moment("verifying", None, Some("calico")), "calico"),
+    (Moment("calico", None, None), "calico"),
+    (Moment("reverting", None, None), "flannel"),
+    (Moment("reverting", Some("!move-pods"), None), "flannel"),
 ];
 
 /// What differs: the node is cordoned, and its pods are elsewhere.
-const DRAIN: [Moment; 3] = [
-    Moment("prepared", None, Some("none"), "flannel"),
-    Moment("switching", Some("move-pods"), None, "flannel"),
-    Moment("verifying", None, Some("calico"), "calico"),
+const DRAIN: [(Moment, &str); 3] = [
+    (Moment("prepared", None, Some("none")), "flannel"),
+    (Moment("switching", Some("move-pods"), None), "flannel"),
+    (Moment("verifying", None, Some("calico")), "calico"),
 ];
 
 /// Cuts the power, and starts the node again. All nodes of a test bed share one kernel, which goes on: that it was booted anew is
@@ -56,29 +53,13 @@ fn cut_power(bed: &Bed, name: &str) {
 }
 
 /// Meets `n1`, cuts its power, and looks at what becomes of it.
-fn reboot_at(bed: &Bed, prober: &Prober, matrix: &Matrix, strategy: &str, moment: &Moment) {
-    let Moment(state, op, answer, end) = moment;
-    if *state == "reverting" {
-        command(bed, &["resume", "n1"]);
-        rest_on(bed, "n1", "calico");
-    }
-    let ambush = Ambush::lay(bed, "n1", state, *op);
-    command(bed, &[if *state == "reverting" { "rollback" } else { "resume" }, "n1"]);
-    let met = ambush.meet(bed);
-    let mut at = format!("{strategy}, {}", met.at);
-    if let Some(network) = answer {
-        met.answered(bed, "n1", state, network);
-        let _ = write!(at, ", network {network}");
-    }
-    if *state != "reverting" {
-        // Else it would be tried again before it was looked at.
-        command(bed, &["pause", "n1"]);
-    }
+fn reboot_at(bed: &Bed, prober: &Prober, matrix: &Matrix, strategy: &str, moment: &Moment, end: &str) {
+    let (_, at) = moment.reach(bed, "n1", strategy);
     matrix.reset();
     cut_power(bed, "n1");
     let network = rest(bed, "n1", Duration::from_mins(4));
     matrix.row("reboot", &at, &network, Some("n1"));
-    assert_eq!(network, *end, "{at}");
+    assert_eq!(network, end, "{at}");
     whole(bed, "n1", &network);
     wait(bed, "the workloads are Ready", Duration::from_mins(2), || {
         Ok(!checks::pods(bed)?.iter().any(|wrong| wrong.contains("probe/")))
@@ -105,16 +86,8 @@ fn a_node_rebooted_in_any_state_comes_back_whole_and_is_migrated_after_all() {
     rest_on(bed, "n2", "calico");
     let matrix = Matrix::new("m-reboots", &prober);
     for (strategy, moments) in [("in-place", &IN_PLACE[..]), ("drain", &DRAIN[..])] {
-        bed.kubectl(&[
-            "annotate",
-            "node",
-            "n1",
-            "--overwrite",
-            &format!("flannel-migration/strategy={strategy}"),
-        ])
-        .unwrap();
-        for moment in moments {
-            reboot_at(bed, &prober, &matrix, strategy, moment);
+        for (moment, end) in moments {
+            reboot_at(bed, &prober, &matrix, strategy, moment, end);
         }
     }
     command(bed, &["resume", "n1", "n3"]);

@@ -7,11 +7,11 @@ use flannel_migration_tests::{
     migration::{self, Job, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL, checks, pods},
     probe::{Options, Prober, Report, Workloads, deploy_to},
     run,
-    shape::{NodeShape, Shape},
+    shape::{Layout, NodeShape, Shape},
 };
 use serde_json::{Value, json};
 
-use super::{authority, bed, items, label, look, matrix::connected, moment, settings::coordinator};
+use super::{authority, bed, items, label, look, moment, settings::coordinator, table::connected};
 
 /// The administrator's command, from outside the cluster.
 pub fn command(bed: &Bed, args: &[&str]) -> String {
@@ -70,7 +70,8 @@ fn host(bed: &Bed, node: &str) -> BTreeMap<String, String> {
         ("configs", "cd /etc/cni/net.d && for f in *; do echo == $f; cat $f; done"),
         (
             "reservations",
-            "ls /var/lib/cni/networks/cbr0 /var/lib/cni/results /var/lib/cni/flannel /run/flannel",
+            // In Canal only some of them are there.
+            "ls /var/lib/cni/networks/* /var/lib/cni/results /var/lib/cni/flannel /run/flannel 2>/dev/null; true",
         ),
         ("sets", "ipset list -n | grep cali || true"),
         (
@@ -238,6 +239,55 @@ fn a_cluster_goes_back_to_flannel_from_half_way_and_from_the_end_as_it_was_befor
     migration::delete(bed).unwrap();
     compare(&objects_before, &objects(bed), "objects");
     prober.stop().unwrap();
+}
+
+/// In Canal, Felix runs before and after, and its rules come and go with it: they aren't compared.
+#[test]
+fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
+    let shape = Shape { nodes: NodeShape::numbered(2), layout: Layout::Canal, ..Shape::default() };
+    let scratch = bed("m-canal-back", shape);
+    let bed = &scratch.bed;
+    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
+    let rollout = ["-n", "kube-system", "rollout", "status", "deployment/calico-kube-controllers"];
+    bed.kubectl(&[&rollout[..], &["--timeout=120s"]].concat()).unwrap();
+    let shown = |node: &str| {
+        let mut picture = host(bed, node);
+        picture.retain(|what, _| !["rules", "sets"].contains(&what.as_str()));
+        picture
+    };
+    let (objects_before, pods_before) = (objects(bed), pods::identities(bed).unwrap());
+    let before = ["n1", "n2"].map(|node| (node, shown(node)));
+    let prober = Prober::start(
+        bed.site().unwrap(),
+        Options { interval: Duration::from_millis(20), ..Options::default() },
+    )
+    .unwrap();
+    migration::apply_with(bed, &[("STRATEGY", "in-place")], |job| {
+        job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = json!("n2");
+    })
+    .unwrap();
+    for (last, when) in [("n1", "half way"), ("n2", "the end")] {
+        moment(bed, last, &["preparing", "prepared", "switching", "verifying"]);
+        command(bed, &["pause"]);
+        wait_rest(bed, last, "calico");
+        expect_connected(&prober);
+        prober.reset().unwrap();
+        command(bed, &["rollback"]);
+        wait_suspended(bed);
+        lost(&prober.report().unwrap(), &format!("Canal, back from {when}"));
+        expect_connected(&prober);
+        assert!(pods::differences(&pods_before, &pods::identities(bed).unwrap()).is_empty());
+        compare(&objects_before, &objects(bed), "objects");
+        for (node, before) in &before {
+            compare(before, &shown(node), node);
+        }
+        command(bed, &["resume"]);
+    }
+    run::wait_for("the Job completes", Duration::from_mins(2), || Ok(migration::job(bed)? == Job::Complete))
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", log(bed)));
+    expect_connected(&prober);
+    prober.stop().unwrap();
+    super::expect_migrated(bed);
 }
 
 fn abort(bed: &Bed, prober: &Prober) {

@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 
 use super::{
     bed, complete, expect_migrated, label, look,
-    matrix::{Ambush, Matrix, back_to_flannel, begin, rest_on, wait},
+    matrix::{back_to_flannel, begin, meet, rest_on, wait},
     rollback::{command, expect_connected},
+    table::Matrix,
 };
 
 const CALICO: [&str; 4] = ["-n", "kube-system", "daemonset", "calico-node"];
@@ -69,9 +70,7 @@ fn a_calico_that_is_spoiled_and_a_node_that_is_deleted_stop_neither_traffic_nor_
 /// Something of Calico's is made unusable when the node has its lease already.
 fn calico_spoiled(bed: &Bed, matrix: &Matrix, object: [&str; 4], path: &str, value: &Value, fault: &str) {
     let good = bed.get(&object).unwrap().pointer(path).unwrap().clone();
-    let ambush = Ambush::lay(bed, "n1", "prepared", None);
-    command(bed, &["resume", "n1"]);
-    let met = ambush.meet(bed);
+    let met = meet(bed, "n1", "prepared", None);
     matrix.reset();
     patch(bed, object, &json!([{ "op": "replace", "path": path, "value": value }]));
     met.go_on();
@@ -88,9 +87,7 @@ fn calico_spoiled(bed: &Bed, matrix: &Matrix, object: [&str; 4], path: &str, val
 
 /// It holds its lease, is switched off and deleted: its slot is free, and the others go on to the end.
 fn node_that_is_deleted(scratch: &mut Scratch) {
-    let ambush = Ambush::lay(&scratch.bed, "n2", "verifying", None);
-    command(&scratch.bed, &["resume", "n2"]);
-    let met = ambush.meet(&scratch.bed);
+    let met = meet(&scratch.bed, "n2", "verifying", None);
     assert!(!label(&look(&scratch.bed, "n2"), LEASE_LABEL).is_empty());
     scratch.bed.remove_node("n2").unwrap();
     command(&scratch.bed, &["resume", "n3"]);

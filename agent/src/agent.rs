@@ -234,6 +234,7 @@ impl Agent {
                 if !self.journal.entry.kept.is_empty() {
                     self.blocking(|journal, _| work::let_go(journal)).await?;
                 }
+                self.blocking(|journal, _| work::forget_peers(journal)).await?;
                 self.journal.remove()?;
                 self.journal = Journal::open(&self.args.state_dir, &self.args.node_name)?;
                 work::after_boot(&mut self.journal, &self.site)?;

@@ -20,10 +20,13 @@ const FELIX: u8 = 80;
 /// has made one where a reboot took the renamed one away, and on nodes that never had flannel.
 pub fn make_way(journal: &Journal) -> Result<(), Error> {
     let ours = journal.progress(Op::RenameDevice).and(journal.entry.captured.as_ref());
-    let ours = ours.map(|captured| captured.device.link.index);
+    let ours: Vec<u32> =
+        ours.into_iter().flat_map(device::all).map(|(device, _)| device.link.index).collect();
     let mut socket = Socket::open()?;
     let present = links::links(&mut socket)?;
-    let strange = |link: &&links::Link| link.name == device::CALICO && Some(link.index) != ours;
+    let strange = |link: &&links::Link| {
+        [device::CALICO, device::CALICO_V6].contains(&link.name.as_str()) && !ours.contains(&link.index)
+    };
     let mut requests: Vec<_> =
         present.iter().filter(strange).map(|link| messages::delete(link.index)).collect();
     for route in links::routes(&mut socket, None)? {

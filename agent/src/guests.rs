@@ -5,15 +5,16 @@
 //! pods on the bridge, which think them their neighbours, are answered. They are reported, to be made anew when there is time.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use flannel_migration_protocol::Evict;
 use serde_json::Value;
 
 use crate::host::cni::{self, Attachment};
+use crate::host::netlink::Socket;
 use crate::host::sysctl::{self, Table};
-use crate::host::{files, netns};
+use crate::host::{files, links, messages6, netns};
 use crate::journal::Journal;
 use crate::steps::{self, Error, Op, Site};
 
@@ -201,8 +202,28 @@ pub fn connect(journal: &Journal, guests: &[Attachment]) -> Result<(), Error> {
     let (Some(bridge), false) = (bridge, guests.is_empty()) else { return Ok(()) };
     // The undoing has made it, unless the node was rebooted in between.
     steps::bridge::make_anew(bridge)?;
-    sysctl::write(Table::Conf4, &bridge.link.name, "proxy_arp", "1")?;
-    Ok(sysctl::write(Table::Neigh4, &bridge.link.name, "proxy_delay", "0")?)
+    let name = &bridge.link.name;
+    sysctl::write(Table::Conf4, name, "proxy_arp", "1")?;
+    sysctl::write(Table::Neigh4, name, "proxy_delay", "0")?;
+    let addresses: Vec<Ipv6Addr> = guests
+        .iter()
+        .flat_map(|guest| &guest.addresses)
+        .filter_map(|net| match net.addr() {
+            IpAddr::V6(address) => Some(address),
+            IpAddr::V4(_) => None,
+        })
+        .collect();
+    if addresses.is_empty() {
+        return Ok(());
+    }
+    sysctl::write(Table::Conf6, name, "proxy_ndp", "1")?;
+    sysctl::write(Table::Neigh6, name, "proxy_delay", "0")?;
+    let mut socket = Socket::open()?;
+    let present = links::links(&mut socket)?;
+    let Some(link) = present.iter().find(|link| link.name == *name) else { return Ok(()) };
+    let requests: Vec<_> =
+        addresses.into_iter().map(|address| messages6::answer_for(address, link.index)).collect();
+    Ok(socket.apply(&requests)?)
 }
 
 #[cfg(test)]

@@ -2,16 +2,18 @@
 //! from libcni's records, the kernel's links and the Pod list, each checked against the others.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use flannel_migration_protocol::{Adopted, Evict};
 use ipnet::IpNet;
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::RouteMessage;
 use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use crate::host::cni::Attachment;
 use crate::host::links::{self, Link, Port};
+use crate::host::messages6;
 use crate::host::saved::Saved;
 use crate::host::sysctl::Table;
 use crate::steps::pods;
@@ -57,6 +59,10 @@ pub struct Facts<'a> {
     pub bridge: Option<&'a Link>,
     /// Whether pods have Calico's links already (Canal).
     pub canal: bool,
+    /// Whether flannel carries IPv6 too.
+    pub dual: bool,
+    /// The links' own link-local addresses, by index.
+    pub link_locals: &'a BTreeMap<u32, Ipv6Addr>,
     /// By sandbox; none for a sandbox whose namespace is gone.
     pub inside: &'a HashMap<String, Inside>,
     /// Pods of the node; `None` when the API server couldn't be asked, then every pod on record is taken as existing.
@@ -89,10 +95,24 @@ pub struct Pod {
     pub inner_mac: Vec<u8>,
     /// Pod's gateway on the bridge.
     pub gateway: Option<IpAddr>,
+    /// Its IPv6 part; none of a pod with IPv4 only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub v6: Option<V6>,
     /// Pod's routes out of its link.
     pub routes: Vec<Saved>,
     /// Whether ports of the host lead to it.
     pub host_ports: bool,
+}
+
+/// What IPv6 needs more of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct V6 {
+    /// The pod's gateway on the bridge.
+    pub gateway: Option<Ipv6Addr>,
+    /// The host end's link-local address: the pod's gateway in Calico.
+    pub next_hop: Ipv6Addr,
+    /// Whether the host end hasn't got it, and is given it.
+    pub made: bool,
 }
 
 impl Pod {
@@ -236,23 +256,54 @@ fn decide(
     if addresses != recorded {
         return Err("AddressesChanged");
     }
-    if addresses.len() != 1 || !addresses.iter().all(IpAddr::is_ipv4) {
-        return Err("NotIPv4Only");
+    let six = match addresses.as_slice() {
+        [IpAddr::V4(_)] => false,
+        [IpAddr::V4(_), IpAddr::V6(_)] if facts.dual => true,
+        _ => return Err("UnexpectedAddresses"),
+    };
+    // Where it is the bridge's too (whose hardware address is that of its first port), a pod would believe the bridge that others on it are
+    // to be sent to without their host.
+    let bridges =
+        facts.bridge.map(|bridge| (facts.link_locals.get(&bridge.index), messages6::link_local(&bridge.mac)));
+    let own = facts
+        .link_locals
+        .get(&host.index)
+        .filter(|own| bridges.is_none_or(|(has, makes)| has != Some(*own) && makes != Some(**own)));
+    let next_hop = own.copied().or_else(|| messages6::another_link_local(&host.mac)).filter(|_| six);
+    if six && next_hop.is_none() {
+        return Err("NoLinkLocalAddress");
     }
-    // Canal's pods have Calico's gateway, on-link, and nothing else to reach.
-    let gateway = if facts.canal { Some(pods::GATEWAY.into()) } else { attachment.gateway };
+    // Canal's pods have Calico's gateways, on-link, and nothing else to reach.
+    let gateways = if facts.canal {
+        [Some(pods::GATEWAY.into()), next_hop.map(IpAddr::V6)].into_iter().flatten().collect()
+    } else {
+        attachment.gateways.clone()
+    };
+    let routes =
+        || inside.routes.iter().filter(|route| six || route.header.address_family == AddressFamily::Inet);
     let known = |route: &RouteMessage| match links::gateway(route) {
-        Some(address) => Some(address) == gateway,
+        Some(address) => gateways.contains(&address),
         // On-link: only the subnet's own route.
         None => links::destination(route).is_some_and(|net| {
             inside.addresses.iter().any(|own| own.trunc() == net)
-                || facts.canal && Some(net.addr()) == gateway
+                || facts.canal && gateways.contains(&net.addr())
         }),
     };
-    let default = |route: &RouteMessage| links::destination(route).is_some_and(|net| net.prefix_len() == 0);
-    if !inside.routes.iter().all(known) || !inside.routes.iter().any(default) {
+    let default = |v4: bool| {
+        let is = |net: IpNet| net.prefix_len() == 0 && net.addr().is_ipv4() == v4;
+        routes().any(|route| links::destination(route).is_some_and(is))
+    };
+    if !routes().all(known) || !default(true) || six && !default(false) {
         return Err("RoutesChanged");
     }
+    let v6 = next_hop.map(|next_hop| V6 {
+        gateway: gateways.iter().find_map(|gateway| match gateway {
+            IpAddr::V6(address) => Some(*address),
+            IpAddr::V4(_) => None,
+        }),
+        next_hop,
+        made: own.is_none(),
+    });
     Ok(Pod {
         adopted: Adopted {
             sandbox: attachment.sandbox.clone(),
@@ -270,8 +321,9 @@ fn decide(
         settings: Vec::new(),
         inner_index: inside.link.index,
         inner_mac: inside.link.mac.clone(),
-        gateway,
-        routes: inside.routes.iter().map(Saved::route).collect(),
+        gateway: gateways.iter().copied().find(IpAddr::is_ipv4),
+        v6,
+        routes: routes().map(Saved::route).collect(),
         host_ports: attachment.host_ports,
     })
 }

@@ -3,7 +3,7 @@ use std::net::Ipv4Addr;
 use rstest::rstest;
 
 use super::*;
-use crate::host::messages;
+use crate::host::routes;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 
 struct Scene {
@@ -11,10 +11,12 @@ struct Scene {
     links: Vec<Link>,
     inside: HashMap<String, Inside>,
     pods: Option<Vec<Known>>,
+    dual: bool,
+    link_locals: BTreeMap<u32, Ipv6Addr>,
 }
 
 fn via(destination: &str, gateway: [u8; 4]) -> RouteMessage {
-    match messages::via(destination.parse().unwrap(), Ipv4Addr::from(gateway), 2).message {
+    match routes::via(destination.parse().unwrap(), Ipv4Addr::from(gateway).into(), 2).message {
         RouteNetlinkMessage::NewRoute(route) => route,
         other => panic!("{other:?} is no route"),
     }
@@ -31,7 +33,7 @@ fn scene() -> Scene {
         pod: "web".into(),
         uid: "u1".into(),
         addresses: vec!["10.244.1.2/24".parse().unwrap()],
-        gateway: Some([10, 244, 1, 1].into()),
+        gateways: vec![[10, 244, 1, 1].into()],
         ..Attachment::default()
     };
     let veth =
@@ -49,6 +51,8 @@ fn scene() -> Scene {
         links: vec![veth],
         inside: HashMap::from([("s1".to_owned(), inside)]),
         pods: Some(vec![known]),
+        dual: false,
+        link_locals: BTreeMap::new(),
     }
 }
 
@@ -60,6 +64,8 @@ fn taken(scene: &Scene) -> Inventory {
         links: &scene.links,
         bridge: Some(&bridge),
         canal: false,
+        dual: scene.dual,
+        link_locals: &scene.link_locals,
         inside: &scene.inside,
         pods: scene.pods.as_deref(),
     })
@@ -67,7 +73,7 @@ fn taken(scene: &Scene) -> Inventory {
 
 // The same pod as Canal makes it.
 fn canals(scene: &mut Scene) -> Inventory {
-    let RouteNetlinkMessage::NewRoute(on_link) = messages::add_on_link(pods::GATEWAY, 2).message else {
+    let RouteNetlinkMessage::NewRoute(on_link) = routes::add_on_link(pods::GATEWAY.into(), 2).message else {
         panic!("no route")
     };
     scene.links[0] = Link { name: interface_name("default", "web"), master: None, ..scene.links[0].clone() };
@@ -79,6 +85,8 @@ fn canals(scene: &mut Scene) -> Inventory {
         links: &scene.links,
         bridge: None,
         canal: true,
+        dual: scene.dual,
+        link_locals: &scene.link_locals,
         inside: &scene.inside,
         pods: scene.pods.as_deref(),
     })

@@ -88,6 +88,9 @@ pub struct Captured {
     pub calico_network: String,
     /// The VXLAN device.
     pub device: Device,
+    /// That of IPv6; none where flannel carries IPv4 only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device6: Option<Device>,
     /// The bridge; absent on a node that never had a pod on flannel's network.
     pub bridge: Option<Bridge>,
     /// Pods that are taken over.

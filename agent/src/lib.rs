@@ -7,6 +7,7 @@ pub mod alone;
 pub mod args;
 pub mod calicos;
 pub mod decide;
+pub mod echo;
 pub mod guests;
 pub mod host;
 pub mod inventory;

@@ -77,7 +77,8 @@ fn runs(names: &[&str]) -> bool {
 
 fn has_flannel_device() -> bool {
     let links = Socket::open().and_then(|mut socket| links::links(&mut socket)).unwrap_or_default();
-    links.iter().any(|link| link.name.starts_with("flannel.") && link.vxlan.is_some())
+    let flannels = |name: &str| name.starts_with("flannel.") || name.starts_with("flannel-v6.");
+    links.iter().any(|link| flannels(&link.name) && link.vxlan.is_some())
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::echo::echo;
 use crate::host::netns;
 
 /// How long an answer may take.
@@ -31,7 +31,7 @@ pub enum From {
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// An ICMP echo of so many bytes on the wire, that may not be fragmented.
-    Echo(Ipv4Addr, u16),
+    Echo(IpAddr, u16),
     /// The opening of a TCP connection.
     Connect(SocketAddr),
 }
@@ -110,113 +110,6 @@ fn answered(probe: &Probe) -> bool {
     })
 }
 
-/// One ICMP echo that may not be fragmented; the time until its answer.
-pub fn echo(to: Ipv4Addr, size: u16, patience: Duration) -> io::Result<Duration> {
-    let mut echo = Echo::open(to)?;
-    let sent = Instant::now();
-    echo.send(size)?;
-    echo.wait(patience)?;
-    Ok(sent.elapsed())
-}
-
-/// An ICMP socket that talks to one address.
-#[derive(Debug)]
-pub struct Echo {
-    socket: Socket,
-    to: Ipv4Addr,
-    id: u16,
-    sequence: u16,
-}
-
-impl Echo {
-    /// Opens the socket in the calling thread's namespace.
-    pub fn open(to: Ipv4Addr) -> io::Result<Self> {
-        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))?;
-        // The header is ours, for its "don't fragment".
-        socket.set_header_included_v4(true)?;
-        // Not connected: that would fix the source address, and the address of the bridge goes with the bridge.
-        // Distinct among the sockets of all threads and processes on the node that ask the same address now.
-        let id = u16::try_from(std::os::fd::AsRawFd::as_raw_fd(&socket) & 0x3fff).unwrap_or_default()
-            ^ u16::try_from(std::process::id() & 0x3ff).unwrap_or_default() << 6;
-        Ok(Self { socket, to, id, sequence: 0 })
-    }
-
-    /// Sends one echo request of `size` bytes, IP header included; its sequence number.
-    pub fn send(&mut self, size: u16) -> io::Result<u16> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let packet = request(self.to, size, self.id, self.sequence);
-        self.socket.send_to(&packet, &SocketAddrV4::new(self.to, 0).into())?;
-        Ok(self.sequence)
-    }
-
-    /// Waits for the answer to any request of this socket; its sequence number.
-    pub fn wait(&mut self, patience: Duration) -> io::Result<u16> {
-        let end = Instant::now() + patience;
-        let mut buffer = [0_u8; 2048];
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.socket.set_read_timeout(Some(left))?;
-            let length = match io::Read::read(&mut &self.socket, &mut buffer) {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                Err(error) => return Err(error),
-            };
-            if let Some(sequence) = buffer.get(..length).and_then(|packet| reply(packet, self.to, self.id)) {
-                return Ok(sequence);
-            }
-        }
-    }
-}
-
-const IP_HEADER: u16 = 20;
-const ICMP_HEADER: u16 = 8;
-
-// The kernel fills in the IP header's checksum, source and identification.
-fn request(to: Ipv4Addr, size: u16, id: u16, sequence: u16) -> Vec<u8> {
-    let size = size.max(IP_HEADER + ICMP_HEADER);
-    let mut icmp = vec![8, 0, 0, 0];
-    icmp.extend(id.to_be_bytes());
-    icmp.extend(sequence.to_be_bytes());
-    icmp.resize(usize::from(size - IP_HEADER), 0);
-    let sum = checksum(&icmp);
-    if let Some(field) = icmp.get_mut(2..4) {
-        field.copy_from_slice(&sum.to_be_bytes());
-    }
-    let mut packet = vec![0x45, 0];
-    packet.extend(size.to_be_bytes());
-    // Identification 0, flags: don't fragment, TTL 64, ICMP, checksum 0, source 0.
-    packet.extend([0, 0, 0x40, 0, 64, 1, 0, 0, 0, 0, 0, 0]);
-    packet.extend(to.octets());
-    packet.extend(icmp);
-    packet
-}
-
-fn reply(packet: &[u8], from: Ipv4Addr, id: u16) -> Option<u16> {
-    if packet.get(12..16)? != from.octets() {
-        return None;
-    }
-    let header = usize::from(packet.first()? & 0x0f) * 4;
-    let icmp = packet.get(header..)?;
-    let number = |at: usize| Some(u16::from_be_bytes([*icmp.get(at)?, *icmp.get(at + 1)?]));
-    (*icmp.first()? == 0 && number(4)? == id).then(|| number(6)).flatten()
-}
-
-fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum = 0_u32;
-    for pair in bytes.chunks(2) {
-        let high = u32::from(pair.first().copied().unwrap_or_default());
-        let low = u32::from(pair.get(1).copied().unwrap_or_default());
-        sum += high << 8 | low;
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
-}
-
 /// Whether Felix says that it is ready: its health endpoint on the loopback answers 2xx.
 #[must_use]
 pub fn felix_ready(port: u16) -> bool {
@@ -246,11 +139,19 @@ pub fn alive(netns: &str) -> bool {
     Path::exists(&netns::host_path(netns))
 }
 
+/// Peers' tunnel addresses of one family, and the bytes of a full-size packet to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peers {
+    /// Addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Bytes, IP header included.
+    pub mtu: u16,
+}
+
 /// The probes of a node: the node to its peers small and full size, the node to its pods, some pods to the peers and to the Service.
 #[must_use]
 pub fn plan(
-    peers: &[IpAddr],
-    mtu: u16,
+    peers: &[Peers],
     pods: &[(String, String, Vec<IpAddr>)],
     service: Option<SocketAddr>,
 ) -> Vec<Probe> {
@@ -258,28 +159,70 @@ pub fn plan(
     const PEERS: usize = 12;
     const PODS: usize = 8;
     const SMALL: u16 = 84;
-    let v4 = |address: &IpAddr| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    };
-    let spread = (peers.len() / PEERS).max(1);
-    let peers: Vec<Ipv4Addr> = peers.iter().step_by(spread).take(PEERS).filter_map(v4).collect();
     let mut probes = Vec::new();
-    for peer in &peers {
-        probes.push(Probe { from: From::Host, kind: Kind::Echo(*peer, SMALL) });
-        probes.push(Probe { from: From::Host, kind: Kind::Echo(*peer, mtu) });
+    let mut full = Vec::new();
+    for family in peers {
+        let spread = (family.addresses.len() / PEERS).max(1);
+        let some = || family.addresses.iter().step_by(spread).take(PEERS);
+        for peer in some() {
+            probes.push(Probe { from: From::Host, kind: Kind::Echo(*peer, SMALL) });
+            probes.push(Probe { from: From::Host, kind: Kind::Echo(*peer, family.mtu) });
+        }
+        full.extend(some().take(4).map(|peer| Kind::Echo(*peer, family.mtu)));
     }
     for (_, _, addresses) in pods {
-        probes.extend(
-            addresses.iter().filter_map(v4).map(|to| Probe { from: From::Host, kind: Kind::Echo(to, SMALL) }),
-        );
+        probes.extend(addresses.iter().map(|to| Probe { from: From::Host, kind: Kind::Echo(*to, SMALL) }));
     }
-    for (name, netns, _) in pods.iter().step_by((pods.len() / PODS).max(1)).take(PODS) {
+    for (name, netns, addresses) in pods.iter().step_by((pods.len() / PODS).max(1)).take(PODS) {
         let from = From::Pod(name.clone(), netns.clone());
-        for peer in peers.iter().take(4) {
-            probes.push(Probe { from: from.clone(), kind: Kind::Echo(*peer, mtu) });
+        for kind in &full {
+            if let Kind::Echo(to, _) = kind
+                && addresses.iter().any(|address| address.is_ipv4() == to.is_ipv4())
+            {
+                probes.push(Probe { from: from.clone(), kind: kind.clone() });
+            }
         }
         probes.extend(service.map(|to| Probe { from: from.clone(), kind: Kind::Connect(to) }));
     }
     probes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_family_is_probed_at_its_own_full_size_and_only_by_pods_that_have_it() {
+        let family = |address: &str, mtu| Peers { addresses: vec![address.parse().unwrap()], mtu };
+        let peers = [family("10.244.2.0", 1450), family("fd00:10:244:2::", 1430)];
+        let pod = |name: &str, addresses: &[&str]| {
+            let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
+            (name.to_owned(), format!("/run/netns/{name}"), addresses)
+        };
+        let pods = [pod("both", &["10.244.1.2", "fd00:10:244:1::2"]), pod("old", &["10.244.1.3"])];
+        let texts: Vec<String> = plan(&peers, &pods, None).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "the node -> 10.244.2.0 (84 bytes)",
+                "the node -> 10.244.2.0 (1450 bytes)",
+                "the node -> fd00:10:244:2:: (84 bytes)",
+                "the node -> fd00:10:244:2:: (1430 bytes)",
+                "the node -> 10.244.1.2 (84 bytes)",
+                "the node -> fd00:10:244:1::2 (84 bytes)",
+                "the node -> 10.244.1.3 (84 bytes)",
+                "both -> 10.244.2.0 (1450 bytes)",
+                "both -> fd00:10:244:2:: (1430 bytes)",
+                "old -> 10.244.2.0 (1450 bytes)",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_an_older_agent_wrote_about_probes_is_read() {
+        let text = r#"{"from":"host","kind":{"echo":["10.244.2.0",84]}}"#;
+        let probe: Probe = serde_json::from_str(text).unwrap();
+        assert_eq!(probe.kind, Kind::Echo([10, 244, 2, 0].into(), 84));
+        assert_eq!(serde_json::to_string(&probe).unwrap(), text);
+    }
 }

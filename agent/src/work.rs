@@ -9,11 +9,12 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use tracing::{info, warn};
 
 use crate::host::netlink::Socket;
+use crate::host::saved::Saved;
 use crate::host::{cni, connections, files, iptables, links, netns, process, sysctl};
 use crate::inventory::{Inventory, Known};
 use crate::journal::{self, Captured, Journal};
-use crate::probe::{self, From, Kind, Probe};
-use crate::steps::{self, Error, Op, Site, bridge, capture, device};
+use crate::probe::{self, From, Kind, Peers, Probe};
+use crate::steps::{self, Error, Op, Site, bridge, capture, device, peers};
 use crate::{calicos, guests};
 
 const RP_FILTER: &str = "net.ipv4.conf.all.rp_filter";
@@ -77,30 +78,35 @@ fn examine(
             format!("{RP_FILTER} is {filter}; Calico needs 1: sysctl -w {RP_FILTER}=1, and in /etc/sysctl.d"),
         ));
     }
-    let (captured, inventory) = capture::capture(journal, grant, site, known)?;
-    if grant.flannel.networks.iter().any(|network| network.addr().is_ipv6()) {
+    if !grant.flannel.networks.iter().any(|network| network.addr().is_ipv4()) {
         return Err(Error::Unfit(
-            "NotIPv4Only",
-            "the pod network has IPv6; only IPv4 can be migrated".into(),
+            "NoIPv4Network",
+            "flannel carries IPv6 only; IPv4, or both, can be migrated".into(),
         ));
     }
-    Ok((captured, inventory))
+    capture::capture(journal, grant, site, known)
 }
 
 fn probes(captured: &Captured, grant: &Grant) -> Vec<Probe> {
-    let peers: Vec<IpAddr> = captured
-        .device
-        .neighbours
+    let peers: Vec<Peers> = device::all(captured)
+        .map(|(device, _)| Peers {
+            addresses: addresses(&device.neighbours),
+            mtu: u16::try_from(grant.flannel.mtu.min(device.link.mtu)).unwrap_or(1400),
+        })
+        .collect();
+    let pods: Vec<_> =
+        captured.pods.iter().map(|pod| (pod.name(), pod.netns.clone(), pod.adopted.ip.clone())).collect();
+    probe::plan(&peers, &pods, grant.calico.kube_service_address.parse().ok())
+}
+
+fn addresses(neighbours: &[Saved]) -> Vec<IpAddr> {
+    neighbours
         .iter()
         .filter_map(|saved| match saved.message() {
             Ok(RouteNetlinkMessage::NewNeighbour(message)) => links::neighbour_address(&message),
             _ => None,
         })
-        .collect();
-    let pods: Vec<_> =
-        captured.pods.iter().map(|pod| (pod.name(), pod.netns.clone(), pod.adopted.ip.clone())).collect();
-    let mtu = u16::try_from(grant.flannel.mtu.min(captured.device.link.mtu)).unwrap_or(1400);
-    probe::plan(&peers, mtu, &pods, grant.calico.kube_service_address.parse().ok())
+        .collect()
 }
 
 /// First half of the switch: no more pods come to flannel's network after it.
@@ -223,9 +229,10 @@ pub fn verify(journal: &mut Journal, site: &Site) -> Result<usize, Error> {
     steps::apply_all(journal, site, &Op::CLEAN)?;
     if let Some(captured) = &journal.entry.captured {
         let present = Socket::open().and_then(|mut socket| links::links(&mut socket))?;
-        if !present.iter().any(|link| link.index == captured.device.link.index && link.name == device::CALICO)
-        {
-            warn!("Felix has made its VXLAN device anew");
+        for (device, name) in device::all(captured) {
+            if !present.iter().any(|link| link.index == device.link.index && link.name == name) {
+                warn!(device = name, "Felix has made its VXLAN device anew");
+            }
         }
     }
     let baseline = expected(journal)?;
@@ -260,10 +267,11 @@ fn expected(journal: &Journal) -> Result<probe::Baseline, Error> {
         captured.pods.iter().any(|pod| pod.adopted.ip.contains(&address) && probe::alive(&pod.netns))
     };
     let was_pod = |address: IpAddr| {
-        captured.device.neighbours.iter().all(|peer| !peer.text.contains(&format!(" {address} ")))
+        let mut peers = device::all(captured).flat_map(|(device, _)| &device.neighbours);
+        peers.all(|peer| !peer.text.contains(&format!(" {address} ")))
     };
     baseline.worked.retain(|probe| match (&probe.from, &probe.kind) {
-        (From::Host, Kind::Echo(to, _)) => here((*to).into()) || !was_pod((*to).into()),
+        (From::Host, Kind::Echo(to, _)) => here(*to) || !was_pod(*to),
         (From::Host, Kind::Connect(_)) => true,
         (From::Pod(_, netns), _) => captured
             .pods
@@ -294,6 +302,12 @@ pub fn let_go(journal: &mut Journal) -> Result<(), Error> {
     info!(step = "let-go", "the bridge's address is free");
     journal.entry.kept.clear();
     Ok(journal.write()?)
+}
+
+/// Lets the routes go that led to the peers' pods until all were Calico's.
+pub fn forget_peers(journal: &Journal) -> Result<(), Error> {
+    let dual = journal.entry.captured.as_ref().is_some_and(|captured| captured.device6.is_some());
+    if dual { peers::release() } else { Ok(()) }
 }
 
 /// Removes files of flannel's that came back to a node that is Calico's.

@@ -8,9 +8,9 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use flannel_migration_agent::echo::Echo;
 use flannel_migration_agent::host::{connections, netns};
 use flannel_migration_agent::journal::{Journal, Progress};
-use flannel_migration_agent::probe::Echo;
 use flannel_migration_agent::steps::{Op, Site, apply, bridge, detour, undo};
 use world::{World, sh};
 
@@ -127,7 +127,7 @@ fn what_a_pod_sends_while_its_port_is_stopped_takes_the_detour() {
     ));
     let answered = || {
         netns::run(&Path::new("/run/netns").join(&pod.netns), || {
-            let mut echo = Echo::open(Ipv4Addr::new(10, 244, 2, 5)).unwrap();
+            let mut echo = Echo::open(Ipv4Addr::new(10, 244, 2, 5).into()).unwrap();
             let sent = echo.send(84).unwrap();
             echo.wait(Duration::from_millis(500)).is_ok_and(|sequence| sequence == sent)
         })

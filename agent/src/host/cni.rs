@@ -156,8 +156,8 @@ pub struct Attachment {
     pub veth: String,
     /// Addresses with their prefixes.
     pub addresses: Vec<IpNet>,
-    /// Gateway.
-    pub gateway: Option<IpAddr>,
+    /// Gateways, one of each family.
+    pub gateways: Vec<IpAddr>,
     /// Whether ports of the host lead to the pod.
     pub host_ports: bool,
     /// Whether the bandwidth plugin shapes the pod's traffic.
@@ -221,7 +221,7 @@ pub fn attachment(text: &str) -> Option<Attachment> {
         uid: argument("K8S_POD_UID").unwrap_or_default().to_owned(),
         veth: veth.map(|(name, _)| name).unwrap_or_default(),
         addresses: ips.iter().filter_map(|ip| string(ip, "address").parse().ok()).collect(),
-        gateway: ips.iter().find_map(|ip| string(ip, "gateway").parse().ok()),
+        gateways: ips.iter().filter_map(|ip| string(ip, "gateway").parse().ok()).collect(),
         host_ports: capability("portMappings")
             .and_then(Value::as_array)
             .is_some_and(|ports| !ports.is_empty()),

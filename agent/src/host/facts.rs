@@ -66,11 +66,8 @@ fn network(facts: &mut HostFacts) -> Result<(), Error> {
     let links = links::links(&mut socket)?;
     facts.vxlan = vxlan(&links);
     for link in links.iter().filter(|link| may_be_taken(&link.name)) {
-        let addresses: Vec<_> = links::addresses(&mut socket, link.index)?
-            .iter()
-            .filter_map(links::address_of)
-            .filter(|net| net.addr().is_ipv4())
-            .collect();
+        let addresses: Vec<_> =
+            links::addresses(&mut socket, link.index)?.iter().filter_map(links::address_of).collect();
         if !addresses.is_empty() && facts.interfaces.len() < MOST_INTERFACES {
             facts.interfaces.push(Interface { name: link.name.clone(), addresses });
         }

@@ -1,5 +1,6 @@
 //! What the kernel says about links, addresses, routes and neighbours.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -11,11 +12,13 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use serde::{Deserialize, Serialize};
 
 use crate::host::netlink::{Error, Socket};
+
+const MAIN: u32 = 254;
 
 /// A link's facts, as far as a switch needs them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,10 +207,43 @@ pub fn address_of(message: &AddressMessage) -> Option<IpNet> {
     IpNet::new(found?, message.header.prefix_len).ok()
 }
 
-/// Unicast and blackhole routes of the main table; of one link, if given.
+/// Link-local IPv6 addresses, by the links' indices.
+pub fn link_locals(socket: &mut Socket) -> Result<BTreeMap<u32, Ipv6Addr>, Error> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet6;
+    let found = socket.dump(RouteNetlinkMessage::GetAddress(message))?;
+    Ok(found
+        .into_iter()
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewAddress(message) => Some(message),
+            _ => None,
+        })
+        .filter_map(|message| match address_of(&message)?.addr() {
+            IpAddr::V6(address) if link_local(address.into()) => Some((message.header.index, address)),
+            _ => None,
+        })
+        .collect())
+}
+
+/// Unicast and blackhole routes of both families in the main table, without the kernel's own to link-local addresses; of one link, if
+/// given.
 pub fn routes(socket: &mut Socket, index: Option<u32>) -> Result<Vec<RouteMessage>, Error> {
+    let mut found = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        found.extend(table(socket, family, MAIN)?);
+    }
+    found.retain(|route| {
+        matches!(route.header.kind, RouteType::Unicast | RouteType::BlackHole)
+            && (index.is_none() || oif(route) == index)
+            && destination(route).is_none_or(|net| !link_local(net.addr()))
+    });
+    Ok(found)
+}
+
+/// Routes of one table.
+pub fn table(socket: &mut Socket, family: AddressFamily, number: u32) -> Result<Vec<RouteMessage>, Error> {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = family;
     let found = socket.dump(RouteNetlinkMessage::GetRoute(message))?;
     Ok(found
         .into_iter()
@@ -215,10 +251,18 @@ pub fn routes(socket: &mut Socket, index: Option<u32>) -> Result<Vec<RouteMessag
             RouteNetlinkMessage::NewRoute(message) => Some(message),
             _ => None,
         })
-        .filter(|route| route.header.table == 254)
-        .filter(|route| matches!(route.header.kind, RouteType::Unicast | RouteType::BlackHole))
-        .filter(|route| index.is_none() || oif(route) == index)
+        // A kernel without a family lists the others'. What it learnt of a route's MTU is listed beside the route.
+        .filter(|route| route.header.address_family == family && table_of(route) == number)
+        .filter(|route| !route.header.flags.contains(RouteFlags::Cloned))
         .collect())
+}
+
+fn table_of(route: &RouteMessage) -> u32 {
+    let named = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(number) => Some(*number),
+        _ => None,
+    });
+    named.unwrap_or_else(|| route.header.table.into())
 }
 
 /// Index of the link a route goes out of.
@@ -263,7 +307,9 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
 
 /// Permanent neighbours of one link: those a program wrote, not those the kernel learnt.
 pub fn permanent_neighbours(socket: &mut Socket, index: u32) -> Result<Vec<NeighbourMessage>, Error> {
-    neighbours(socket, index, AddressFamily::Inet)
+    let mut found = neighbours(socket, index, AddressFamily::Inet)?;
+    found.extend(neighbours(socket, index, AddressFamily::Inet6)?);
+    Ok(found)
 }
 
 /// FDB entries of one VXLAN device.

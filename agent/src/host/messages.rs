@@ -1,10 +1,11 @@
-//! Changes to links, routes and neighbours as messages. Pure: nothing here talks to the kernel.
+//! Changes to links, addresses and neighbours as messages. Pure: nothing here talks to the kernel.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
-use ipnet::IpNet;
 use rtnetlink::packet_core::{DefaultNla, Emitable as _, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo,
+};
 use rtnetlink::packet_route::link::{AfSpecInet, AfSpecUnspec, InfoKind, LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -12,13 +13,12 @@ use rtnetlink::packet_route::neighbour::{
 use rtnetlink::packet_route::neighbour_table::{
     NeighbourTableAttribute, NeighbourTableMessage, NeighbourTableParameter,
 };
-use rtnetlink::packet_route::route::{RouteMessage, RouteProtocol, RouteScope};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
-use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 use crate::host::links::{Link, Port, mac_text};
 use crate::host::netlink::Request;
-use crate::host::saved::{EEXIST, ENOENT, ESRCH};
+use crate::host::saved::{EEXIST, ENOENT};
 
 const EADDRNOTAVAIL: i32 = nix::errno::Errno::EADDRNOTAVAIL as i32;
 const ENODEV: i32 = nix::errno::Errno::ENODEV as i32;
@@ -136,12 +136,20 @@ pub fn pair(name: &str, peer: &str) -> Request {
     }
 }
 
-/// Gives a link an address of its own that is never chosen as the source of anything: it has the scope of a link, and no network.
+/// Gives a link an address of its own that is never chosen as the source of anything: it has the scope of a link, or is one that IPv6
+/// calls deprecated, and has no network.
 #[must_use]
 pub fn add_address(address: IpAddr, index: u32) -> Request {
+    let mut message = address_message(address, index);
+    if address.is_ipv6() {
+        let mut deprecated = CacheInfo::default();
+        (deprecated.ifa_preferred, deprecated.ifa_valid) = (0, u32::MAX);
+        message.attributes.push(AddressAttribute::CacheInfo(deprecated));
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
     Request {
         what: format!("give #{index} the address {address}"),
-        message: RouteNetlinkMessage::NewAddress(address_message(address, index)),
+        message: RouteNetlinkMessage::NewAddress(message),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         accept: &[EEXIST],
     }
@@ -241,57 +249,6 @@ pub fn delete_together(indices: &[u32], group: u32) -> Vec<Request> {
         accept: &[],
     });
     requests
-}
-
-fn route(what: String, message: RouteMessage) -> Request {
-    Request {
-        what,
-        message: RouteNetlinkMessage::NewRoute(message),
-        flags: NLM_F_CREATE | NLM_F_REPLACE,
-        accept: &[EEXIST],
-    }
-}
-
-fn on_link(destination: Ipv4Addr, index: u32) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(destination, 32)
-        .output_interface(index)
-        .scope(RouteScope::Link)
-        .protocol(RouteProtocol::Boot)
-        .build()
-}
-
-/// A host route straight out of a link, as Calico's plugin and Felix make it.
-#[must_use]
-pub fn add_on_link(destination: Ipv4Addr, index: u32) -> Request {
-    route(format!("route {destination} out of #{index}"), on_link(destination, index))
-}
-
-/// Takes that route away.
-#[must_use]
-pub fn delete_on_link(destination: Ipv4Addr, index: u32) -> Request {
-    let mut message = on_link(destination, index);
-    // Felix may have replaced it by its own, of another protocol.
-    message.header.protocol = RouteProtocol::Unspec;
-    Request {
-        what: format!("delete the route to {destination} out of #{index}"),
-        message: RouteNetlinkMessage::DelRoute(message),
-        flags: 0,
-        accept: &[ESRCH],
-    }
-}
-
-/// Replaces a route by one to the same destination through another gateway on the same link.
-#[must_use]
-pub fn via(destination: IpNet, gateway: Ipv4Addr, index: u32) -> Request {
-    let mut builder = RouteMessageBuilder::<Ipv4Addr>::new()
-        .gateway(gateway)
-        .output_interface(index)
-        .protocol(RouteProtocol::Boot);
-    if let (IpNet::V4(net), true) = (destination, destination.prefix_len() > 0) {
-        builder = builder.destination_prefix(net.network(), net.prefix_len());
-    }
-    route(format!("route {destination} via {gateway} out of #{index}"), builder.build())
 }
 
 fn neighbour_message(address: IpAddr, mac: &[u8], index: u32) -> NeighbourMessage {

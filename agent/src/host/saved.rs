@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use rtnetlink::packet_core::{
     NLM_F_CREATE, NLM_F_REPLACE, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable,
 };
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -117,6 +117,21 @@ impl Saved {
         // An address can't be replaced, only be there already; a bridge FDB entry and a route can.
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
         Ok(Request { what: format!("restore {}", self.text), message, flags, accept: &[EEXIST] })
+    }
+
+    /// The same for what isn't at once as it was: of an IPv6 address the kernel would first ask around whether another has it, and
+    /// would not use it meanwhile.
+    pub fn restores(&self) -> Result<Vec<Request>, Error> {
+        let plain = self.restore()?;
+        let mut at_once = plain.clone();
+        match &mut at_once.message {
+            RouteNetlinkMessage::NewAddress(address) if address.header.family == AddressFamily::Inet6 => {
+                address.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::Flags(_)));
+                address.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+                Ok(vec![at_once, plain])
+            }
+            _ => Ok(vec![plain]),
+        }
     }
 
     /// The change that takes it away.

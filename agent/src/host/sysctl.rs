@@ -38,6 +38,8 @@ pub enum Table {
     Neigh4,
     /// `net.ipv6.conf`
     Conf6,
+    /// `net.ipv6.neigh`
+    Neigh6,
 }
 
 impl Table {
@@ -46,6 +48,7 @@ impl Table {
             Self::Conf4 => "ipv4/conf",
             Self::Neigh4 => "ipv4/neigh",
             Self::Conf6 => "ipv6/conf",
+            Self::Neigh6 => "ipv6/neigh",
         }
     }
 }

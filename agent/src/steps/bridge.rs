@@ -94,7 +94,7 @@ pub fn make(captured: &Captured) -> Result<(), Error> {
     pods::loosen(&mut socket, captured)?;
     let mut requests = vec![messages::up(bridge.link.index)];
     for address in &bridge.addresses {
-        requests.push(address.restore()?);
+        requests.extend(address.restores()?);
     }
     socket.apply(&requests)?;
     let_go(&addresses(captured)?)
@@ -113,11 +113,12 @@ pub fn make_anew(bridge: &Bridge) -> Result<(), Error> {
     let Some(index) = named(&mut socket)? else { return Ok(()) };
     let mut requests = vec![messages::up(index)];
     for saved in &bridge.addresses {
-        let mut request = saved.restore()?;
-        if let RouteNetlinkMessage::NewAddress(address) = &mut request.message {
-            address.header.index = index;
+        for mut request in saved.restores()? {
+            if let RouteNetlinkMessage::NewAddress(address) = &mut request.message {
+                address.header.index = index;
+            }
+            requests.push(request);
         }
-        requests.push(request);
     }
     Ok(socket.apply(&requests)?)
 }

@@ -27,8 +27,13 @@ pub fn capture(
     let mut captured = configs(grant, site)?;
     let mut socket = Socket::open()?;
     let links = links::links(&mut socket)?;
-    captured.device = vxlan(&mut socket, &links, grant)?;
-    captured.bridge = bridge(&mut socket, &links, captured.canal)?;
+    let vni = grant.flannel.vni;
+    captured.device = vxlan(&mut socket, &links, grant, &format!("flannel.{vni}"), device::CALICO)?;
+    if grant.flannel.networks.iter().any(|network| network.addr().is_ipv6()) {
+        let name = format!("flannel-v6.{vni}");
+        captured.device6 = Some(vxlan(&mut socket, &links, grant, &name, device::CALICO_V6)?);
+    }
+    captured.bridge = bridge(&mut socket, &links, &captured)?;
     rules::capture(&rules::flannel(journal, &captured), &mut captured)?;
     let inventory = inventory(&mut captured, site, &links, known)?;
     Ok((captured, inventory))
@@ -38,7 +43,7 @@ pub fn capture(
 pub fn refresh(captured: &mut Captured, site: &Site, known: Option<&[Known]>) -> Result<Inventory, Error> {
     let mut socket = Socket::open()?;
     let links = links::links(&mut socket)?;
-    captured.bridge = bridge(&mut socket, &links, captured.canal)?;
+    captured.bridge = bridge(&mut socket, &links, captured)?;
     inventory(captured, site, &links, known)
 }
 
@@ -51,17 +56,20 @@ fn inventory(
     let attachments = cni::attachments(&site.results)?;
     let networks: Vec<String> = captured.configs.iter().map(|config| config.network.clone()).collect();
     let inside = insides(&attachments, &networks);
+    let link_locals = links::link_locals(&mut Socket::open()?)?;
     let mut inventory = inventory::take(&Facts {
         networks: &networks,
         attachments: &attachments,
         links,
         bridge: captured.bridge.as_ref().map(|bridge| &bridge.link),
         canal: captured.canal,
+        dual: captured.device6.is_some(),
+        link_locals: &link_locals,
         inside: &inside,
         pods: known,
     });
     for pod in &mut inventory.adopt {
-        pod.settings = pods::host_end_settings(&pod.veth)?;
+        pod.settings = pods::host_end_settings(&pod.veth, pod.v6.is_some())?;
     }
     captured.pods.clone_from(&inventory.adopt);
     Ok(inventory)
@@ -105,13 +113,18 @@ fn configs(grant: &Grant, site: &Site) -> Result<Captured, Error> {
     })
 }
 
-fn vxlan(socket: &mut Socket, links: &[Link], grant: &Grant) -> Result<Device, Error> {
-    let name = format!("flannel.{}", grant.flannel.vni);
+fn vxlan(
+    socket: &mut Socket,
+    links: &[Link],
+    grant: &Grant,
+    name: &str,
+    calicos: &str,
+) -> Result<Device, Error> {
     let Some(link) = links.iter().find(|link| link.name == name) else {
         return Err(Error::Unfit("VxlanDeviceMissing", format!("there is no device {name}")));
     };
-    if links.iter().any(|link| link.name == device::CALICO) {
-        let why = format!("a device {} is there beside {name}", device::CALICO);
+    if links.iter().any(|link| link.name == calicos) {
+        let why = format!("a device {calicos} is there beside {name}");
         return Err(Error::Unfit("CalicoDevicePresent", why));
     }
     let Some(vxlan) = &link.vxlan else {
@@ -139,8 +152,8 @@ fn vxlan(socket: &mut Socket, links: &[Link], grant: &Grant) -> Result<Device, E
     })
 }
 
-fn bridge(socket: &mut Socket, links: &[Link], canal: bool) -> Result<Option<Bridge>, Error> {
-    if canal {
+fn bridge(socket: &mut Socket, links: &[Link], captured: &Captured) -> Result<Option<Bridge>, Error> {
+    if captured.canal {
         return Ok(None);
     }
     let Some(link) = links.iter().find(|link| link.name == BRIDGE) else {
@@ -152,7 +165,7 @@ fn bridge(socket: &mut Socket, links: &[Link], canal: bool) -> Result<Option<Bri
     Ok(Some(Bridge {
         link: link.clone(),
         addresses: links::addresses(socket, link.index)?.iter().map(Saved::address).collect(),
-        settings: pods::bridge_settings(BRIDGE)?,
+        settings: pods::bridge_settings(BRIDGE, captured.device6.is_some())?,
     }))
 }
 

@@ -1,33 +1,51 @@
-//! flannel's VXLAN device becomes Felix's by its name: Felix keeps a device whose attributes match. The index stays, and with it
+//! flannel's VXLAN devices become Felix's by their names: Felix keeps a device whose attributes match. The index stays, and with it
 //! routes, neighbours and forwarding entries.
 
 use ipnet::Ipv4Net;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use tracing::warn;
 
 use crate::host::links::{self, Link};
-use crate::host::messages;
 use crate::host::netlink::{Request, Socket};
 use crate::host::saved::Saved;
-use crate::journal::Device;
-use crate::steps::Error;
+use crate::host::{messages, messages6};
+use crate::journal::{Captured, Device};
+use crate::steps::{Error, peers};
 
 /// Name that Felix gives its IPv4 VXLAN device.
 pub const CALICO: &str = "vxlan.calico";
+/// Name that Felix gives its IPv6 VXLAN device.
+pub const CALICO_V6: &str = "vxlan-v6.calico";
 const EBUSY: i32 = nix::errno::Errno::EBUSY as i32;
 
 /// Calico's block size where a node's share of the pod network is larger; else the share is one block.
 const BLOCK_PREFIX: u8 = 26;
 
-/// Renames flannel's device to Felix's name, and routes the peers' Calico blocks beside flannel's routes to them.
+/// flannel's devices, each with Felix's name of it.
+pub fn all(captured: &Captured) -> impl Iterator<Item = (&Device, &'static str)> {
+    [(&captured.device, CALICO)].into_iter().chain(captured.device6.iter().map(|device| (device, CALICO_V6)))
+}
+
+/// Renames flannel's devices to Felix's names, and routes the peers' Calico blocks beside flannel's routes to them.
 ///
 /// Felix deletes the routes it doesn't know before it adds its own: without the blocks' routes, which it finds to be as
-/// it wants them, every peer would be unreachable for that moment.
-pub fn take(device: &Device, live: bool) -> Result<(), Error> {
-    rename(device, &device.link.name, CALICO, live)?;
+/// it wants them, every peer would be unreachable for that moment. For IPv6, see [`peers`].
+pub fn take(captured: &Captured, live: bool) -> Result<(), Error> {
+    for (device, name) in all(captured) {
+        rename(device, &device.link.name, name, live)?;
+    }
+    if let Some(device) = &captured.device6
+        && let Err(error) = peers::keep(device)
+    {
+        warn!(
+            error = error.chain(),
+            "IPv6 addresses of peers may be unreachable for the moment of Felix's start"
+        );
+    }
     let mut requests = Vec::new();
-    for saved in &device.routes {
+    for saved in &captured.device.routes {
         if let RouteNetlinkMessage::NewRoute(route) = saved.message()? {
             requests.extend(block_routes(&route));
         }
@@ -68,16 +86,28 @@ fn block_routes(route: &RouteMessage) -> Vec<Request> {
         .collect()
 }
 
-/// Renames it back, and makes everything that hung on it as it was.
-pub fn give_back(device: &Device, live: bool) -> Result<(), Error> {
+/// Renames them back, and makes everything that hung on them as it was.
+pub fn give_back(captured: &Captured, live: bool) -> Result<(), Error> {
     let mut socket = Socket::open()?;
-    if find(&mut socket, device)?.is_none() {
-        // Felix deletes its device when VXLAN is switched off in its configuration.
-        make(&mut socket, &device.link)?;
+    for (device, name) in all(captured) {
+        if find(&mut socket, device)?.is_none() {
+            // Felix deletes its device when VXLAN is switched off in its configuration.
+            make(&mut socket, &device.link, name)?;
+        }
+        rename(device, name, &device.link.name, live)?;
+        tidy(&mut socket, device)?;
+        socket.apply(&restores(device)?)?;
     }
-    rename(device, CALICO, &device.link.name, live)?;
-    tidy(&mut socket, device)?;
-    Ok(socket.apply(&restores(device)?)?)
+    let Some(device) = &captured.device6 else { return Ok(()) };
+    // Felix takes every address but its own from its device, also the kernel's.
+    let index = device.link.index;
+    if !links::link_locals(&mut socket)?.contains_key(&index) {
+        let made = messages6::link_local(&device.link.mac);
+        let requests: Vec<_> =
+            made.into_iter().map(|address| messages6::add_link_local(address, index)).collect();
+        socket.apply(&requests)?;
+    }
+    peers::release()
 }
 
 fn find(socket: &mut Socket, device: &Device) -> Result<Option<Link>, Error> {
@@ -128,7 +158,11 @@ fn rename(device: &Device, from: &str, to: &str, live: bool) -> Result<(), Error
 
 fn restores(device: &Device) -> Result<Vec<Request>, Error> {
     let parts = [&device.addresses, &device.neighbours, &device.forwarding, &device.routes];
-    parts.into_iter().flatten().map(|saved| saved.restore().map_err(Error::from)).collect()
+    let mut requests = Vec::new();
+    for saved in parts.into_iter().flatten() {
+        requests.extend(saved.restores()?);
+    }
+    Ok(requests)
 }
 
 // Routes of Felix's to peers replaced flannel's, or stand beside them: whatever was not captured goes.
@@ -151,8 +185,8 @@ fn tidy(socket: &mut Socket, device: &Device) -> Result<(), Error> {
     Ok(socket.apply(&requests)?)
 }
 
-fn make(socket: &mut Socket, link: &Link) -> Result<(), Error> {
-    let request = messages::vxlan(link, CALICO)
+fn make(socket: &mut Socket, link: &Link, name: &str) -> Result<(), Error> {
+    let request = messages::vxlan(link, name)
         .ok_or_else(|| Error::Unfit("CaptureUnreadable", "no VXLAN device was captured".into()))?;
     socket.apply(&[request, messages::up(link.index)])?;
     Ok(())
@@ -163,10 +197,10 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::host::messages::via;
+    use crate::host::routes::via;
 
     fn blocks(destination: &str) -> Vec<String> {
-        let route = via(destination.parse().unwrap(), Ipv4Addr::new(10, 244, 1, 0), 3);
+        let route = via(destination.parse().unwrap(), Ipv4Addr::new(10, 244, 1, 0).into(), 3);
         let RouteNetlinkMessage::NewRoute(route) = route.message else { panic!("no route") };
         block_routes(&route).into_iter().map(|request| request.what).collect()
     }

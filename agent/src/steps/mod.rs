@@ -6,6 +6,7 @@ pub mod config;
 pub mod detour;
 pub mod device;
 pub mod leftovers;
+pub mod peers;
 pub mod pods;
 pub mod ports;
 pub mod rules;
@@ -24,7 +25,7 @@ use crate::journal::{self, Captured, Journal, Progress};
 pub enum Op {
     /// Calico's CNI config in, flannel's out.
     SwapConfig,
-    /// flannel's VXLAN device gets the name that Felix expects.
+    /// flannel's VXLAN devices get the names that Felix expects.
     RenameDevice,
     /// Chains of hostPorts get the names under which Calico's portmap looks for them.
     RenamePorts,
@@ -189,7 +190,7 @@ fn change(journal: &Journal, captured: &Captured, site: &Site, op: Op) -> Result
     }
     match op {
         Op::SwapConfig => config::swap(captured),
-        Op::RenameDevice => device::take(&captured.device, site.rename_live)
+        Op::RenameDevice => device::take(captured, site.rename_live)
             .and_then(|()| leftovers::take_reservations(journal, captured, site)),
         Op::RenamePorts => ports::rename(captured, ports::Direction::ToCalico),
         Op::PreparePods => pods::prepare(captured, site.rename_live),
@@ -244,7 +245,7 @@ fn restore(journal: &Journal, captured: &Captured, site: &Site, op: Op) -> Resul
     }
     match op {
         Op::SwapConfig => detour::remove().and_then(|()| config::swap_back(captured)),
-        Op::RenameDevice => device::give_back(&captured.device, site.rename_live)
+        Op::RenameDevice => device::give_back(captured, site.rename_live)
             .and_then(|()| leftovers::put_reservations_back(journal, captured, site)),
         Op::RenamePorts => ports::rename(captured, ports::Direction::ToFlannel),
         Op::PreparePods => pods::unprepare(captured),

@@ -13,14 +13,16 @@
 //! The way back is the same in reverse. A kernel before 6.2 renames only links that are down: there each host end gets its name
 //! outside the bridge, where nothing is to be learned anew when it is up again, and what meets it in that moment is lost.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::host::messages::Conf;
 use crate::host::netlink::{self, Request, Socket};
 use crate::host::netns;
 use crate::host::sysctl::{self, Table};
-use crate::host::{links, messages};
+use crate::host::{links, messages, messages6, routes};
 use crate::inventory::{Pod, Setting};
 use crate::journal::Captured;
 use crate::steps::{Error, detour};
@@ -29,6 +31,8 @@ use crate::steps::{Error, detour};
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// How long a bridge may take to send, from its first port on.
 const OPERATING: Duration = Duration::from_secs(1);
+const ANY_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
+const ANY_V6: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0));
 const EBUSY: i32 = nix::errno::Errno::EBUSY as i32;
 const LOOSE: (Conf, u32) = (Conf::RpFilter, 2);
 
@@ -40,14 +44,31 @@ const HOST_END: [(Conf, u32); 4] =
 /// What is set on the bridge while pods move: it answers for the gateway and for pods that have left.
 const BRIDGE: [(Conf, u32); 2] = [(Conf::ProxyArp, 1), LOOSE];
 
+/// What Felix sets on each host end for IPv6. None of it is needed before: what a pod sends it sends to its host.
+const FELIXS: [&str; 3] = ["proxy_ndp", "forwarding", "accept_ra"];
+
 /// The present values of what will be set on a host end.
-pub fn host_end_settings(interface: &str) -> Result<Vec<Setting>, Error> {
-    settings(interface, &HOST_END)
+pub fn host_end_settings(interface: &str, v6: bool) -> Result<Vec<Setting>, Error> {
+    let mut found = settings(interface, &HOST_END)?;
+    found.extend(settings_v6(interface, v6, &FELIXS)?);
+    Ok(found)
 }
 
-/// The present values of what will be set on the bridge.
-pub fn bridge_settings(interface: &str) -> Result<Vec<Setting>, Error> {
-    settings(interface, &BRIDGE)
+/// The present values of what will be set on the bridge, and of what a bridge that is made anew hasn't got.
+pub fn bridge_settings(interface: &str, v6: bool) -> Result<Vec<Setting>, Error> {
+    let mut found = settings(interface, &BRIDGE)?;
+    found.extend(settings_v6(interface, v6, &["accept_ra"])?);
+    Ok(found)
+}
+
+fn settings_v6(interface: &str, v6: bool, keys: &[&str]) -> Result<Vec<Setting>, Error> {
+    keys.iter()
+        .filter(|_| v6)
+        .map(|key| {
+            let value = sysctl::read(Table::Conf6, interface, key)?;
+            Ok(Setting { table: Table::Conf6, key: (*key).to_owned(), value })
+        })
+        .collect()
 }
 
 fn settings(interface: &str, wanted: &[(Conf, u32)]) -> Result<Vec<Setting>, Error> {
@@ -100,6 +121,7 @@ pub fn prepare(captured: &Captured, live: bool) -> Result<(), Error> {
     for (pod, _) in &present {
         requests.extend(configured(pod.index, &HOST_END));
         requests.push(messages::mac(pod.index, &bridge.link.mac));
+        requests.extend(made_link_local(pod));
         requests.extend(neighbours(pod, pod.index));
     }
     if live {
@@ -130,6 +152,9 @@ pub fn unprepare(captured: &Captured) -> Result<(), Error> {
         }
         requests.push(messages::mac(pod.index, &pod.mac));
         requests.extend(pod.adopted.ip.iter().map(|ip| messages::delete_neighbour(*ip, pod.index)));
+        if let Some(v6) = pod.v6.filter(|v6| v6.made) {
+            requests.push(messages6::delete_link_local(v6.next_hop, pod.index));
+        }
     }
     socket.apply(&requests)?;
     for (pod, _) in &present {
@@ -150,6 +175,7 @@ fn rename(
     socket: &mut Socket,
     pods: &[(&Pod, String)],
     to: fn(&Pod) -> &str,
+    bridge_mac: &[u8],
     live: bool,
 ) -> Result<(), Error> {
     let asked: Vec<_> = pods.iter().filter(|(pod, name)| name != to(pod)).collect();
@@ -166,13 +192,21 @@ fn rename(
         if name != to(pod) {
             requests.extend([messages::down(pod.index), messages::rename(pod.index, to(pod))]);
         }
+        // The kernel forgets the link-local address, and makes it anew of the hardware address.
+        requests.extend(pod.v6.map(|_| messages::mac(pod.index, &pod.mac)));
         // Also for one that a crash left down.
         requests.push(messages::up(pod.index));
+        requests.extend(pod.v6.map(|_| messages::mac(pod.index, bridge_mac)));
+        requests.extend(made_link_local(pod));
         requests.extend(neighbours(pod, pod.index));
-        requests.extend(host_routes(pod, messages::add_on_link));
+        requests.extend(host_routes(pod, routes::add_on_link));
         socket.apply(&requests)?;
     }
     Ok(())
+}
+
+fn made_link_local(pod: &Pod) -> Option<Request> {
+    pod.v6.filter(|v6| v6.made).map(|v6| messages6::add_link_local(v6.next_hop, pod.index))
 }
 
 fn neighbours(pod: &Pod, index: u32) -> impl Iterator<Item = Request> {
@@ -195,12 +229,17 @@ pub fn route(captured: &Captured) -> Result<(), Error> {
 }
 
 fn route_requests(pod: &Pod, gateway_mac: &[u8]) -> Result<Vec<Request>, Error> {
-    let any = ipnet::IpNet::V4(ipnet::Ipv4Net::default());
+    let gateway = IpAddr::V4(GATEWAY);
     let mut requests = vec![
-        messages::add_permanent_neighbour(GATEWAY.into(), gateway_mac, pod.inner_index),
-        messages::add_on_link(GATEWAY, pod.inner_index),
-        messages::via(any, GATEWAY, pod.inner_index),
+        messages::add_permanent_neighbour(gateway, gateway_mac, pod.inner_index),
+        routes::add_on_link(gateway, pod.inner_index),
+        routes::via(ANY_V4, gateway, pod.inner_index),
     ];
+    if let Some(v6) = pod.v6 {
+        let gateway = v6.next_hop.into();
+        requests.push(messages::add_permanent_neighbour(gateway, gateway_mac, pod.inner_index));
+        requests.push(routes::via(ANY_V6, gateway, pod.inner_index));
+    }
     // The default route was replaced, not added: its deletion finds nothing. Those through a gateway go before the one that
     // makes the gateway reachable.
     for route in by_gateway(pod, true)?.into_iter().chain(by_gateway(pod, false)?) {
@@ -227,14 +266,19 @@ pub fn unroute(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
     inside(captured, |pod| {
         let mut requests = Vec::new();
-        if let Some(gateway) = pod.gateway {
+        for gateway in pod.gateway.into_iter().chain(pod.v6.and_then(|v6| v6.gateway).map(IpAddr::V6)) {
             requests.push(messages::add_neighbour(gateway, &bridge.link.mac, pod.inner_index));
         }
         for route in by_gateway(pod, false)?.into_iter().chain(by_gateway(pod, true)?) {
             requests.push(route.restore()?);
         }
-        requests.push(messages::delete_on_link(GATEWAY, pod.inner_index));
-        requests.push(messages::delete_neighbour(IpAddr::V4(GATEWAY), pod.inner_index));
+        requests.push(routes::delete_on_link(GATEWAY.into(), pod.inner_index));
+        requests.push(messages::delete_neighbour(GATEWAY.into(), pod.inner_index));
+        if let Some(v6) = pod.v6 {
+            // The old default route was put beside it if it has another metric.
+            requests.push(routes::delete_via(ANY_V6, v6.next_hop.into(), pod.inner_index));
+            requests.push(messages::delete_neighbour(v6.next_hop.into(), pod.inner_index));
+        }
         Ok(requests)
     })
 }
@@ -246,11 +290,11 @@ pub fn leave_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     let leaving = present(&mut socket, captured)?;
     let mut requests = Vec::new();
     for (pod, _) in &leaving {
-        requests.extend(host_routes(pod, messages::add_on_link));
+        requests.extend(host_routes(pod, routes::add_on_link));
         requests.push(messages::leave(pod.index));
     }
     detour::around(&names(&leaving), &bridge.link, || socket.apply(&requests))?;
-    rename(&mut socket, &leaving, |pod| &pod.cali, live)?;
+    rename(&mut socket, &leaving, |pod| &pod.cali, &bridge.link.mac, live)?;
     // Felix sets these as it wants them; until then, as strict as they were.
     let mut strict = Vec::new();
     for (pod, _) in &leaving {
@@ -271,7 +315,7 @@ pub fn join_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     let mut socket = Socket::open()?;
     loosen(&mut socket, captured)?;
     let present_before = present(&mut socket, captured)?;
-    rename(&mut socket, &present_before, |pod| &pod.veth, live)?;
+    rename(&mut socket, &present_before, |pod| &pod.veth, &bridge.link.mac, live)?;
     let joining = present(&mut socket, captured)?;
     let (mut join, mut unroute) = (Vec::new(), Vec::new());
     for (pod, _) in &joining {
@@ -281,7 +325,7 @@ pub fn join_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
         join.extend(neighbours(pod, pod.index).chain(neighbours(pod, bridge.link.index)));
         join.push(messages::join(pod.index, bridge.link.index));
         join.push(messages::port(pod.index, pod.port));
-        unroute.extend(host_routes(pod, messages::delete_on_link));
+        unroute.extend(host_routes(pod, routes::delete_on_link));
     }
     detour::around(&names(&joining), &bridge.link, || {
         socket.apply(&join)?;
@@ -307,10 +351,6 @@ fn names(pods: &[(&Pod, String)]) -> Vec<String> {
     pods.iter().map(|(_, name)| name.clone()).collect()
 }
 
-fn host_routes(pod: &Pod, request: fn(Ipv4Addr, u32) -> Request) -> Vec<Request> {
-    let addresses = pod.adopted.ip.iter().filter_map(|ip| match ip {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    addresses.map(|address| request(address, pod.index)).collect()
+fn host_routes(pod: &Pod, request: fn(IpAddr, u32) -> Request) -> Vec<Request> {
+    pod.adopted.ip.iter().map(|address| request(*address, pod.index)).collect()
 }

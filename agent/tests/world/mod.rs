@@ -11,21 +11,19 @@
 )]
 
 mod connection;
+mod probers;
+pub mod six;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use flannel_migration_agent::host::netns;
 use flannel_migration_agent::inventory::Known;
 use flannel_migration_agent::journal::Journal;
-use flannel_migration_agent::probe::Echo;
 use flannel_migration_agent::steps::{Site, capture};
 use flannel_migration_protocol::Grant;
 
@@ -36,6 +34,8 @@ static TURN: Mutex<()> = Mutex::new(());
 pub struct World {
     pub name: String,
     pub pods: Vec<Pod>,
+    /// Whether it has IPv6 too.
+    pub dual: bool,
     pub directory: tempfile::TempDir,
     namespaces: Vec<String>,
     turn: MutexGuard<'static, ()>,
@@ -46,7 +46,14 @@ pub struct Pod {
     pub netns: String,
     pub name: String,
     pub address: Ipv4Addr,
+    pub six: Option<Ipv6Addr>,
     pub sandbox: String,
+}
+
+impl Pod {
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        [self.address.into()].into_iter().chain(self.six.map(IpAddr::V6)).collect()
+    }
 }
 
 pub fn sh(script: &str) -> String {
@@ -87,6 +94,15 @@ COMMIT
 impl World {
     /// A node with so many pods, and a peer.
     pub fn new(pods: u8) -> Self {
+        Self::of(pods, false)
+    }
+
+    /// The same with IPv6 beside IPv4.
+    pub fn dual(pods: u8) -> Self {
+        Self::of(pods, true)
+    }
+
+    fn of(pods: u8, dual: bool) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "this test makes network namespaces: run it as root");
         for (program, package) in
             [("ip", "iproute2"), ("bridge", "iproute2"), ("iptables-nft", "iptables"), ("nft", "nftables")]
@@ -97,16 +113,22 @@ impl World {
         let mut world = Self {
             name: name.clone(),
             pods: Vec::new(),
+            dual,
             directory: tempfile::tempdir().unwrap(),
             namespaces: Vec::new(),
             turn: TURN.lock().unwrap_or_else(PoisonError::into_inner),
         };
         let node = world.namespace("node");
         let peer = world.namespace("peer");
+        let disabled = if dual {
+            "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding"
+        } else {
+            "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 || true"
+        };
         for ns in [&node, &peer] {
             sh(&format!(
                 "ip netns exec {ns} sh -euc 'for k in all default; do echo 1 >/proc/sys/net/ipv4/conf/$k/rp_filter; done; \
-                 echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 || true; ip link set lo up; \
+                 echo 1 >/proc/sys/net/ipv4/ip_forward; {disabled}; ip link set lo up; \
                  echo 1 >/proc/sys/net/bridge/bridge-nf-call-iptables || true' 2>/dev/null"
             ));
         }
@@ -130,6 +152,9 @@ impl World {
         sh(&format!(
             "ip -n {node} link add cni0 mtu 1450 type bridge; ip -n {node} addr add 10.244.1.1/24 dev cni0; ip -n {node} link set cni0 up"
         ));
+        if dual {
+            six::plumb(&node, &peer);
+        }
         world.script("iptables-nft-restore --noflush", IPTABLES);
         world.script("nft -f -", "table ip flannel-ipv4 {\n chain forward {\n type filter hook forward priority 0;\n ip saddr 10.244.0.0/16 accept\n }\n }\n");
         world.script("iptables-legacy-restore --noflush", IPTABLES);
@@ -146,7 +171,10 @@ impl World {
         for number in 0..pods {
             world.add_pod(number);
         }
-        // Let the links' duplicate address checks and announcements pass before anything is compared.
+        if dual {
+            // The links' duplicate address checks pass before anything is compared.
+            six::settle(&world);
+        }
         world
     }
 
@@ -177,9 +205,11 @@ impl World {
 
     fn add_pod(&mut self, number: u8) {
         let netns = self.namespace(&format!("p{number}"));
+        // The bridge has its first port's for good.
+        let mac = if self.dual && number == 0 { format!("address {}", six::MAC) } else { String::new() };
         let (node, veth, last) = (self.node(), format!("veth0000{number:04}"), u32::from(number) + 2);
         sh(&format!(
-            "ip -n {netns} link add eth0 mtu 1450 type veth peer name {veth} netns {node}
+            "ip -n {netns} link add eth0 mtu 1450 type veth peer name {veth} {mac} netns {node}
              ip -n {node} link set {veth} mtu 1450 up; ip -n {node} link set {veth} master cni0; bridge -n {node} link set dev {veth} hairpin on
              ip -n {netns} link set lo up; ip -n {netns} link set eth0 up
              ip -n {netns} addr add 10.244.1.{last}/24 dev eth0
@@ -189,23 +219,31 @@ impl World {
             netns: netns.clone(),
             name: format!("pod-{number}"),
             address: Ipv4Addr::new(10, 244, 1, u8::try_from(last).unwrap()),
+            six: self.dual.then(|| six::pod(&netns, &veth, &node, last)),
             sandbox: format!("{number:064x}"),
         };
+        let mut ips = vec![
+            serde_json::json!({"version": "4", "interface": 2, "address": format!("{}/24", pod.address), "gateway": "10.244.1.1"}),
+        ];
+        ips.extend(pod.six.map(|six| {
+            serde_json::json!({"version": "6", "interface": 2, "address": format!("{six}/64"), "gateway": six::GATEWAY})
+        }));
         let record = serde_json::json!({
             "kind": "cniCacheV1", "containerId": pod.sandbox, "ifName": "eth0", "networkName": "cbr0",
             "cniArgs": [["K8S_POD_NAMESPACE", "default"], ["K8S_POD_NAME", pod.name], ["K8S_POD_UID", format!("uid-{number}")]],
             "result": {"cniVersion": "0.3.1",
                 "interfaces": [{"name": "cni0"}, {"name": veth}, {"name": "eth0", "sandbox": format!("/var/run/netns/{netns}")}],
-                "ips": [{"version": "4", "interface": 2, "address": format!("{}/24", pod.address), "gateway": "10.244.1.1"}]},
+                "ips": ips},
         });
         std::fs::write(self.path(&format!("results/cbr0-{}-eth0", pod.sandbox)), record.to_string()).unwrap();
         self.pods.push(pod);
     }
 
     pub fn grant(&self) -> Grant {
+        let networks: &[&str] = if self.dual { &["10.244.0.0/16", six::NETWORK] } else { &["10.244.0.0/16"] };
         serde_json::from_value(serde_json::json!({
             "epoch": 1, "fence": 1, "goal": "migrate", "strategy": "in-place", "budgetSeconds": 120,
-            "flannel": {"networks": ["10.244.0.0/16"], "vni": 1, "port": 8472, "mtu": 1450, "cniConfDir": self.path("net.d")},
+            "flannel": {"networks": networks, "vni": 1, "port": 8472, "mtu": 1450, "cniConfDir": self.path("net.d")},
             "calico": {"cniConfName": "10-calico.conflist",
                        "cniConfTemplate": r#"{"name":"k8s-pod-network","plugins":[{"type":"calico","mtu":__CNI_MTU__,"nodename":"__KUBERNETES_NODE_NAME__"}]}"#,
                        "mtu": 1450, "healthPort": 9099, "kubeServiceAddress": "10.96.0.1:443"},
@@ -228,7 +266,7 @@ impl World {
             namespace: "default".into(),
             name: pod.name.clone(),
             uid: format!("uid-{number}"),
-            addresses: vec![pod.address.into()],
+            addresses: pod.addresses(),
             finished: false,
         };
         self.pods.iter().enumerate().map(known).collect()
@@ -252,6 +290,17 @@ impl World {
     /// Works in the node's namespace.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         netns::run(&Path::new("/run/netns").join(self.node()), work).unwrap()
+    }
+
+    /// Everything is as it was.
+    pub fn assert_same(&self, before: &BTreeMap<String, String>, what: &str) {
+        if self.dual {
+            six::settle(self);
+        }
+        let after = self.snapshot();
+        for (part, text) in before {
+            assert_eq!(text, &after[part], "{what}: {part}");
+        }
     }
 
     /// Everything that must be the same again after an undo.
@@ -291,6 +340,11 @@ impl World {
                 self.directory.path().display()
             ),
         );
+        if self.dual {
+            for (name, script) in six::snapshot(&node, &self.pods) {
+                put(&name, script);
+            }
+        }
         for pod in &self.pods {
             put(
                 &format!("pod {}", pod.name),
@@ -302,42 +356,6 @@ impl World {
         }
         parts
     }
-
-    /// Starts probers: every pod to every pod, node to pods, pods to the peer's pod and back.
-    pub fn probe(&self, interval: Duration, pairs: usize) -> Probers {
-        let mut flows: Vec<(String, String, Ipv4Addr)> = Vec::new();
-        for from in self.pods.iter().take(pairs) {
-            for to in self.pods.iter().rev().take(pairs).filter(|to| to.address != from.address) {
-                flows.push((format!("{} -> {}", from.name, to.name), from.netns.clone(), to.address));
-            }
-            flows.push((
-                format!("{} -> remote", from.name),
-                from.netns.clone(),
-                Ipv4Addr::new(10, 244, 2, 5),
-            ));
-            flows.push((
-                format!("{} -> outside", from.name),
-                from.netns.clone(),
-                Ipv4Addr::new(192, 0, 2, 2),
-            ));
-            flows.push((format!("node -> {}", from.name), self.node(), from.address));
-            flows.push((format!("remote -> {}", from.name), self.peer(), from.address));
-        }
-        let stop = Arc::new(AtomicBool::new(false));
-        let threads = flows
-            .into_iter()
-            .map(|(name, ns, to)| {
-                let stop = Arc::clone(&stop);
-                std::thread::spawn(move || {
-                    netns::run(&Path::new("/run/netns").join(ns), || flow(&name, to, interval, &stop))
-                        .unwrap()
-                })
-            })
-            .collect();
-        let probers = Probers { stop, threads };
-        std::thread::sleep(Duration::from_millis(300));
-        probers
-    }
 }
 
 impl Drop for World {
@@ -345,59 +363,5 @@ impl Drop for World {
         for namespace in &self.namespaces {
             drop(Command::new("ip").args(["netns", "del", namespace]).output());
         }
-    }
-}
-
-pub struct Probers {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Flow>>,
-}
-
-pub struct Flow {
-    pub name: String,
-    pub sent: usize,
-    pub lost: Vec<u16>,
-    pub stall: Duration,
-}
-
-fn flow(name: &str, to: Ipv4Addr, interval: Duration, stop: &AtomicBool) -> Flow {
-    let mut echo = Echo::open(to).unwrap();
-    let mut missing = std::collections::BTreeSet::new();
-    let (mut sent, mut stall, mut next) = (0, Duration::ZERO, Instant::now());
-    while !stop.load(Ordering::Relaxed) {
-        if let Ok(sequence) = echo.send(84) {
-            missing.insert(sequence);
-        }
-        sent += 1;
-        next += interval;
-        stall = stall.max(Instant::now().saturating_duration_since(next));
-        while let Ok(sequence) = echo.wait(next.saturating_duration_since(Instant::now())) {
-            missing.remove(&sequence);
-        }
-        next = next.max(Instant::now());
-    }
-    while let Ok(sequence) = echo.wait(Duration::from_millis(300)) {
-        missing.remove(&sequence);
-    }
-    Flow { name: name.to_owned(), sent, lost: missing.into_iter().collect(), stall }
-}
-
-impl Probers {
-    /// Stops them: sent, lost, and a line per flow that lost something.
-    pub fn stop(self) -> (usize, usize, String) {
-        std::thread::sleep(Duration::from_millis(300));
-        self.stop.store(true, Ordering::Relaxed);
-        let (mut sent, mut lost, mut text, mut stall) = (0, 0, String::new(), Duration::ZERO);
-        for thread in self.threads {
-            let flow = thread.join().unwrap();
-            sent += flow.sent;
-            lost += flow.lost.len();
-            stall = stall.max(flow.stall);
-            if !flow.lost.is_empty() {
-                writeln!(text, "{}: lost {:?} of {}", flow.name, flow.lost, flow.sent).unwrap();
-            }
-        }
-        write!(text, "prober's longest stall {stall:?}").unwrap();
-        (sent, lost, text)
     }
 }

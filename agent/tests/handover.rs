@@ -11,31 +11,8 @@ use std::time::{Duration, Instant};
 use flannel_migration_agent::echo::Echo;
 use flannel_migration_agent::host::{connections, netns};
 use flannel_migration_agent::journal::{Journal, Progress};
-use flannel_migration_agent::steps::{Op, Site, apply, bridge, detour, undo};
+use flannel_migration_agent::steps::{Op, apply, bridge, detour, undo};
 use world::{World, sh};
-
-fn assert_same(
-    before: &std::collections::BTreeMap<String, String>,
-    after: &std::collections::BTreeMap<String, String>,
-    what: &str,
-) {
-    for (part, text) in before {
-        assert_eq!(text, &after[part], "{what}: {part}");
-    }
-}
-
-/// Does all operations of the switch, and says how long each took.
-fn switch(world: &World, journal: &mut Journal, site: &Site) {
-    let started = Instant::now();
-    world.inside(|| {
-        for op in Op::SWITCH {
-            let started = Instant::now();
-            apply(journal, site, op).unwrap();
-            println!("{:16} {:?}", op.as_str(), started.elapsed());
-        }
-    });
-    println!("switch of {} pods: {:?}", world.pods.len(), started.elapsed());
-}
 
 #[test]
 fn pods_change_over_and_back_while_they_talk() {
@@ -44,7 +21,7 @@ fn pods_change_over_and_back_while_they_talk() {
     let mut journal = world.captured(true);
     let site = world.site(true);
     let probers = world.probe(Duration::from_millis(5), 5);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     let node = world.node();
     let links = sh(&format!("ip -n {node} -o link"));
     assert!(
@@ -71,34 +48,34 @@ fn pods_change_over_and_back_while_they_talk() {
     let (sent, lost, text) = probers.stop();
     println!("back: {lost} of {sent} lost; {text}");
     assert_eq!(lost, 0, "{lost} of {sent} lost: {text}");
-    assert_same(&before, &world.snapshot(), "after the undo");
+    world.assert_same(&before, "after the undo");
 }
 
 #[test]
 fn what_the_node_itself_talks_about_with_its_pods_goes_on_until_it_ends() {
     let world = World::new(2);
     let before = world.snapshot();
-    let mut connection = world.connect(&world.pods[0]);
+    let mut connection = world.connect(&world.pods[0], world.pods[0].address.into());
     assert_eq!(connection.source(), "10.244.1.1", "the kernel takes the bridge's address");
     connection.talk();
     let mut journal = world.captured(true);
     let site = world.site(true);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     connection.talk();
     let kept = bridge::addresses(journal.entry.captured.as_ref().unwrap()).unwrap();
     assert_eq!(kept, ["10.244.1.1".parse::<std::net::IpAddr>().unwrap()]);
     let in_use = |kept: &[std::net::IpAddr]| world.inside(|| connections::any_from(kept));
     assert!(in_use(&kept));
     // What begins now comes from elsewhere.
-    let mut later = world.connect(&world.pods[1]);
+    let mut later = world.connect(&world.pods[1], world.pods[1].address.into());
     later.talk();
     assert_ne!(later.source(), "10.244.1.1");
 
     world.inside(|| undo(&mut journal, &site).unwrap());
     connection.talk();
-    assert_same(&before, &world.snapshot(), "after the undo");
+    world.assert_same(&before, "after the undo");
 
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     connection.talk();
     drop(connection);
     let ended = Instant::now();
@@ -148,9 +125,9 @@ fn a_node_that_can_have_no_detour_changes_over_and_back_all_the_same() {
     let before = world.snapshot();
     let mut journal = world.captured(true);
     let site = world.site(true);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     world.inside(|| undo(&mut journal, &site).unwrap());
-    assert_same(&before, &world.snapshot(), "after the undo");
+    world.assert_same(&before, "after the undo");
     let known = sh(&format!("ip -n {node} neigh show dev cni0"));
     for pod in &world.pods {
         // Nobody has asked for it: it was told.
@@ -168,7 +145,7 @@ fn a_link_that_is_by_chance_in_the_group_of_those_that_go_stays() {
         "ip -n {node} link add stays type bridge; ip -n {node} link set stays group {}",
         bridge::GROUP
     ));
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     let links = sh(&format!("ip -n {node} -o link"));
     assert!(links.contains("stays") && !links.contains("cni0") && !links.contains("detour"), "{links}");
 }
@@ -180,7 +157,7 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
     let mut journal = world.captured(false);
     let site = world.site(false);
     let probers = world.probe(Duration::from_millis(10), 3);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     let node = world.node();
     // flannel's route, and beside it those to the peer's blocks as Felix wants them.
     let routes = sh(&format!("ip -n {node} route show dev vxlan.calico"));
@@ -201,7 +178,7 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
     std::thread::sleep(Duration::from_millis(1500));
     let (sent, lost, text) = world.probe(Duration::from_millis(10), 3).stop();
     assert_eq!(lost, 0, "{lost} of {sent} lost afterwards: {text}");
-    assert_same(&before, &world.snapshot(), "after the undo");
+    world.assert_same(&before, "after the undo");
 }
 
 #[test]
@@ -226,13 +203,13 @@ fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with(
                 journal.note(next, Progress::Begun).unwrap();
             }
             world.inside(|| undo(&mut journal, &site).unwrap());
-            assert_same(&before, &world.snapshot(), &format!("undo after {}", last.as_str()));
+            world.assert_same(&before, &format!("undo after {}", last.as_str()));
             // An undo that was cut short is repeated.
             for op in Op::SWITCH.into_iter().chain(Op::CLEAN).take(done + 1) {
                 journal.note(op, Progress::Begun).unwrap();
             }
             world.inside(|| undo(&mut journal, &site).unwrap());
-            assert_same(&before, &world.snapshot(), &format!("second undo after {}", last.as_str()));
+            world.assert_same(&before, &format!("second undo after {}", last.as_str()));
             std::fs::remove_dir_all(world.path("journal")).unwrap();
         }
     }
@@ -268,7 +245,7 @@ fn an_undo_that_can_note_nothing_changes_nothing() {
     let before = world.snapshot();
     let mut journal = world.captured(true);
     let site = world.site(true);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     let look = || {
         let (node, directory) = (world.node(), world.directory.path().display());
         sh(&format!(
@@ -286,7 +263,7 @@ fn an_undo_that_can_note_nothing_changes_nothing() {
     std::fs::rename(&away, &kept).unwrap();
     let mut journal = Journal::open(&kept, "n1").unwrap();
     world.inside(|| undo(&mut journal, &site).unwrap());
-    assert_same(&before, &world.snapshot(), "undone once it could be");
+    world.assert_same(&before, "undone once it could be");
 }
 
 #[test]
@@ -320,7 +297,7 @@ fn the_pods_of_a_full_node_change_over_while_they_talk() {
     let mut journal = world.captured(true);
     let site = world.site(true);
     let probers = world.probe(Duration::from_millis(20), 4);
-    switch(&world, &mut journal, &site);
+    world.switch(&mut journal, &site);
     let (sent, lost, text) = probers.stop();
     println!("{lost} of {sent} lost; {text}");
     assert_eq!(lost, 0, "{lost} of {sent} lost: {text}");

@@ -1,7 +1,7 @@
 //! A connection that the node itself holds to one of its pods, from the bridge's address as the kernel chooses it.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,13 +15,13 @@ pub struct Connection {
 }
 
 impl World {
-    pub fn connect(&self, pod: &Pod) -> Connection {
+    pub fn connect(&self, pod: &Pod, address: IpAddr) -> Connection {
         let listener = netns::run(&Path::new("/run/netns").join(&pod.netns), || {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap()
+            TcpListener::bind((address, 0)).unwrap()
         })
         .unwrap();
         let port = listener.local_addr().unwrap().port();
-        let client = self.inside(|| TcpStream::connect((pod.address, port)).unwrap());
+        let client = self.inside(|| TcpStream::connect((address, port)).unwrap());
         let (server, _) = listener.accept().unwrap();
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

@@ -11,7 +11,7 @@
 )]
 
 mod connection;
-mod probers;
+pub mod probers;
 pub mod six;
 
 use std::collections::BTreeMap;
@@ -20,11 +20,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use flannel_migration_agent::host::netns;
 use flannel_migration_agent::inventory::Known;
 use flannel_migration_agent::journal::Journal;
-use flannel_migration_agent::steps::{Site, capture};
+use flannel_migration_agent::steps::{Op, Site, apply, capture};
 use flannel_migration_protocol::Grant;
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -178,7 +179,7 @@ impl World {
         world
     }
 
-    fn namespace(&mut self, part: &str) -> String {
+    pub fn namespace(&mut self, part: &str) -> String {
         let name = format!("{}-{part}", self.name);
         sh(&format!("ip netns add {name}"));
         self.namespaces.push(name.clone());
@@ -290,6 +291,19 @@ impl World {
     /// Works in the node's namespace.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         netns::run(&Path::new("/run/netns").join(self.node()), work).unwrap()
+    }
+
+    /// Does all operations of the switch, and says how long each took.
+    pub fn switch(&self, journal: &mut Journal, site: &Site) {
+        let started = Instant::now();
+        self.inside(|| {
+            for op in Op::SWITCH {
+                let started = Instant::now();
+                apply(journal, site, op).unwrap();
+                println!("{:16} {:?}", op.as_str(), started.elapsed());
+            }
+        });
+        println!("switch of {} pods: {:?}", self.pods.len(), started.elapsed());
     }
 
     /// Everything is as it was.

@@ -1,6 +1,6 @@
 //! What a node of flannel's has more of with IPv6 beside IPv4.
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use super::{Pod, World, sh};
@@ -68,7 +68,11 @@ pub fn settle(world: &World) {
 pub fn snapshot(node: &str, pods: &[Pod]) -> Vec<(String, String)> {
     let mut parts = vec![
         ("device of IPv6".to_owned(), format!("ip -n {node} -j -d link show flannel-v6.1")),
-        ("addresses of IPv6".to_owned(), format!("ip -n {node} -6 -o address | sort")),
+        (
+            "addresses of IPv6".to_owned(),
+            // The kernel doesn't ask around for what it is given back.
+            format!("ip -n {node} -6 -o address | sed '/flannel-v6.1 .*fe80/s/ nodad//' | sort"),
+        ),
         ("routes of IPv6".to_owned(), format!("ip -n {node} -6 route | sort")),
         (
             "tables of IPv6".to_owned(),
@@ -96,4 +100,31 @@ pub fn snapshot(node: &str, pods: &[Pod]) -> Vec<(String, String)> {
         ));
     }
     parts
+}
+
+/// A pod that Calico's plugin makes on the node; its namespace, host interface and addresses.
+pub fn calicos_pod(world: &mut World) -> (String, String, [IpAddr; 2]) {
+    let netns = world.namespace("guest");
+    let (node, cali) = (world.node(), "cali00000000001".to_owned());
+    let (four, six): (IpAddr, IpAddr) = ([10, 244, 1, 200].into(), "fd00:10:244:1::c8".parse().unwrap());
+    sh(&format!(
+        "ip -n {netns} link add eth0 mtu 1450 type veth peer name {cali} address ee:ee:ee:ee:ee:ee netns {node}
+         echo 0 | ip netns exec {netns} tee /proc/sys/net/ipv6/conf/eth0/accept_dad >/dev/null
+         echo 0 | ip netns exec {node} tee /proc/sys/net/ipv6/conf/{cali}/accept_dad >/dev/null
+         echo 1 | ip netns exec {node} tee /proc/sys/net/ipv4/conf/{cali}/proxy_arp >/dev/null
+         echo 0 | ip netns exec {node} tee /proc/sys/net/ipv4/neigh/{cali}/proxy_delay >/dev/null
+         ip -n {node} link set {cali} up; ip -n {netns} link set eth0 up
+         ip -n {netns} addr add {four}/32 dev eth0; ip -n {netns} addr add {six}/128 dev eth0 nodad
+         ip -n {netns} route add 169.254.1.1 dev eth0; ip -n {netns} route add default via 169.254.1.1
+         ip -n {netns} -6 route add default via fe80::ecee:eeff:feee:eeee dev eth0
+         ip -n {node} route add {four} dev {cali}; ip -n {node} route add {six} dev {cali}"
+    ));
+    let record = serde_json::json!({
+        "kind": "cniCacheV1", "containerId": "guest", "ifName": "eth0", "networkName": "k8s-pod-network",
+        "cniArgs": [["K8S_POD_NAMESPACE", "default"], ["K8S_POD_NAME", "guest"], ["K8S_POD_UID", "uid-guest"]],
+        "result": {"cniVersion": "0.3.1", "interfaces": [{"name": cali, "sandbox": format!("/var/run/netns/{netns}")}],
+            "ips": [{"version": "4", "address": format!("{four}/32")}, {"version": "6", "address": format!("{six}/128")}]},
+    });
+    std::fs::write(world.path("results/k8s-pod-network-guest-eth0"), record.to_string()).unwrap();
+    (netns, cali, [four, six])
 }

@@ -240,12 +240,12 @@ mod tests {
         }
     }
 
-    fn guest(sandbox: &str, address: &str) -> Attachment {
+    fn guest(sandbox: &str, addresses: &[&str]) -> Attachment {
         Attachment {
             sandbox: sandbox.into(),
             network: "k8s-pod-network".into(),
             interface: "eth0".into(),
-            addresses: vec![address.parse().unwrap()],
+            addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
             ..Attachment::default()
         }
     }
@@ -262,6 +262,8 @@ mod tests {
         }
         std::fs::write(reservations.join("10.244.1.2"), "dead\r\neth0").unwrap();
         std::fs::write(reservations.join("last_reserved_ip.0"), "10.244.1.2").unwrap();
+        std::fs::write(reservations.join("fd00:10:244:1::2"), "dead\r\neth0").unwrap();
+        std::fs::write(reservations.join("last_reserved_ip.1"), "fd00:10:244:1::2").unwrap();
         std::fs::write(delegates.join("dead"), "{\"type\":\"bridge\"}").unwrap();
         std::fs::write(site.results.join("cbr0-dead-eth0"), "{}").unwrap();
         let record = r#"{"containerId":"g","networkName":"k8s-pod-network"}"#;
@@ -269,9 +271,11 @@ mod tests {
 
         // Twice: a crash may come in between.
         for _ in 0..2 {
-            reserve(&journal, &site, &[guest("g", "10.244.1.2/32")]).unwrap();
+            reserve(&journal, &site, &[guest("g", &["10.244.1.2/32", "fd00:10:244:1::9/128"])]).unwrap();
             assert_eq!(owner(&reservations.join("10.244.1.2")).unwrap(), "g");
-            assert_eq!(files::names(&reservations).unwrap(), ["10.244.1.2", "last_reserved_ip.0"]);
+            assert_eq!(owner(&reservations.join("fd00:10:244:1::9")).unwrap(), "g");
+            let names = ["10.244.1.2", "fd00:10:244:1::9", "last_reserved_ip.0", "last_reserved_ip.1"];
+            assert_eq!(files::names(&reservations).unwrap(), names);
             assert_eq!(files::names(&delegates).unwrap(), ["g"]);
             assert_eq!(files::names(&site.results).unwrap(), ["cbr0-g-eth0"]);
         }
@@ -291,7 +295,7 @@ mod tests {
         std::fs::write(reservations.join("10.244.1.3"), "flannels-new\r\neth0").unwrap();
         std::fs::write(site.results.join("cbr0-flannels-new-eth0"), "{}").unwrap();
         std::fs::write(site.results.join("k8s-pod-network-g-eth0"), r#"{"containerId":"g"}"#).unwrap();
-        reserve_late(&journal, &site, &[guest("g", "10.244.1.2/32")]).unwrap();
+        reserve_late(&journal, &site, &[guest("g", &["10.244.1.2/32"])]).unwrap();
         assert_eq!(files::names(&reservations).unwrap(), ["10.244.1.2", "10.244.1.3"]);
         assert_eq!(files::names(&site.results).unwrap(), ["cbr0-flannels-new-eth0", "cbr0-g-eth0"]);
     }

@@ -71,6 +71,28 @@ fn taken(scene: &Scene) -> Inventory {
     })
 }
 
+// The same pod with IPv6 beside IPv4.
+fn dual(scene: &mut Scene) {
+    scene.dual = true;
+    scene.attachments[0].addresses.push("fd00:10:244:1::2/64".parse().unwrap());
+    scene.attachments[0].gateways.push("fd00:10:244:1::1".parse().unwrap());
+    let addresses = scene.attachments[0].addresses.clone();
+    inner(scene).addresses = addresses;
+    for destination in ["::/0", "fd00:10:244::/56"] {
+        inner(scene).routes.push(via_v6(destination));
+    }
+    scene.links[0].mac = vec![0x0a, 0x58, 0, 0, 0, 1];
+    scene.link_locals.insert(7, "fe80::858:ff:fe00:1".parse().unwrap());
+}
+
+fn via_v6(destination: &str) -> RouteMessage {
+    let gateway = "fd00:10:244:1::1".parse().unwrap();
+    match routes::via(destination.parse().unwrap(), gateway, 2).message {
+        RouteNetlinkMessage::NewRoute(route) => route,
+        other => panic!("{other:?} is no route"),
+    }
+}
+
 // The same pod as Canal makes it.
 fn canals(scene: &mut Scene) -> Inventory {
     let RouteNetlinkMessage::NewRoute(on_link) = routes::add_on_link(pods::GATEWAY.into(), 2).message else {
@@ -126,6 +148,64 @@ fn a_pod_as_flannel_makes_it_is_adopted_under_the_name_that_felix_expects() {
     assert_eq!(inventory.adopt.len(), 1, "{inventory:?}");
     assert_eq!(inventory.adopt[0].cali, interface_name("default", "web"));
     assert!(inventory.evict.is_empty() && inventory.ignored.is_empty() && inventory.strangers.is_empty());
+}
+
+#[test]
+fn a_pod_of_both_families_gets_its_host_ends_own_address_as_its_gateway() {
+    let mut scene = scene();
+    dual(&mut scene);
+    let pod = taken(&scene).adopt.remove(0);
+    assert_eq!(pod.adopted.ip, ["10.244.1.2", "fd00:10:244:1::2"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    assert_eq!(pod.gateway, Some([10, 244, 1, 1].into()));
+    assert_eq!(pod.routes.len(), 4);
+    let own = V6 {
+        gateway: Some("fd00:10:244:1::1".parse().unwrap()),
+        next_hop: scene.link_locals[&7],
+        made: false,
+    };
+    assert_eq!(pod.v6, Some(own));
+
+    // The bridge's redirects would come from that address as well.
+    scene.link_locals.insert(5, scene.link_locals[&7]);
+    let made = V6 { next_hop: "fe80::858:66:6d00:1".parse().unwrap(), made: true, ..own };
+    assert_eq!(taken(&scene).adopt[0].v6, Some(made));
+    scene.link_locals.clear();
+    assert_eq!(taken(&scene).adopt[0].v6, Some(made), "the host end has none");
+}
+
+#[test]
+fn a_pod_of_before_ipv6_is_adopted_and_what_it_learnt_of_ipv6_is_left_alone() {
+    let mut scene = scene();
+    scene.dual = true;
+    inner(&mut scene).routes.push(via_v6("::/0"));
+    let pod = taken(&scene).adopt.remove(0);
+    assert_eq!((pod.v6, pod.routes.len()), (None, 2));
+}
+
+#[rstest]
+#[case::no_ipv6_in_flannel("UnexpectedAddresses", |scene: &mut Scene| scene.dual = false)]
+#[case::two_addresses_of_a_family("UnexpectedAddresses", |scene: &mut Scene| {
+    let more: IpNet = "fd00:10:244:1::3/64".parse().unwrap();
+    inner(scene).addresses.push(more);
+    scene.attachments[0].addresses.push(more);
+})]
+#[case::no_default_route("RoutesChanged", |scene: &mut Scene| inner(scene).routes.retain(|route| {
+    links::destination(route).is_some_and(|net| net.addr().is_ipv4() || net.prefix_len() > 0)
+}))]
+#[case::no_address_for_the_host("NoLinkLocalAddress", |scene: &mut Scene| {
+    scene.link_locals.clear();
+    scene.links[0].mac.clear();
+})]
+fn a_pod_of_both_families_but_of_another_shape_is_evicted(
+    #[case] reason: &str,
+    #[case] change: fn(&mut Scene),
+) {
+    let mut scene = scene();
+    dual(&mut scene);
+    change(&mut scene);
+    let inventory = taken(&scene);
+    assert!(inventory.adopt.is_empty(), "{inventory:?}");
+    assert_eq!(inventory.evict[0].reason, reason);
 }
 
 #[rstest]

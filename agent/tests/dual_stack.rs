@@ -12,7 +12,7 @@ use flannel_migration_agent::echo::echo;
 use flannel_migration_agent::host::{connections, netns};
 use flannel_migration_agent::journal::{Journal, Progress};
 use flannel_migration_agent::steps::{Op, apply, bridge, detour, undo};
-use flannel_migration_agent::{calicos, work};
+use flannel_migration_agent::{calicos, probe, work};
 use flannel_migration_protocol::State;
 use world::probers::Probers;
 use world::{World, sh, six};
@@ -108,6 +108,34 @@ fn peers_pods_of_any_block_are_reached_while_felix_takes_over_and_when_the_node_
 
 const fn steps_table() -> u32 {
     flannel_migration_agent::steps::peers::TABLE
+}
+
+#[test]
+fn what_worked_before_over_either_family_is_asked_for_afterwards() {
+    let world = World::dual(2);
+    let mut journal = world.captured(true);
+    let site = world.site(true);
+    let (grant, known) = (world.grant(), world.known());
+    world.inside(|| work::prepare(&mut journal, &site, &grant, Some(&known)).unwrap());
+    let baseline = journal.entry.baseline.clone();
+    let worked: Vec<String> = baseline.worked.iter().map(ToString::to_string).collect();
+    for probe in [
+        "the node -> fd00:10:244:2:: (84 bytes)",
+        "the node -> fd00:10:244:2:: (1430 bytes)",
+        "the node -> fd00:10:244:1::3 (84 bytes)",
+        "default/pod-0 -> fd00:10:244:2:: (1430 bytes)",
+        "default/pod-1 -> 10.244.2.0 (1450 bytes)",
+    ] {
+        assert!(worked.iter().any(|text| text == probe), "{probe} isn't in {worked:?}");
+    }
+    world.switch(&mut journal, &site);
+    let missing = || world.inside(|| probe::missing(&baseline));
+    assert!(missing().is_empty(), "{:?}", missing());
+    // A device that carries IPv6 no more, whatever IPv4 does.
+    sh(&format!("bridge -n {} fdb del 0a:00:00:00:06:02 dst 2001:db8::2 dev vxlan-v6.calico", world.node()));
+    let gone: Vec<String> = missing().iter().map(ToString::to_string).collect();
+    assert_eq!(gone.len(), 4, "{gone:?}");
+    assert!(gone.iter().all(|probe| probe.contains("fd00:10:244:2::")), "{gone:?}");
 }
 
 #[test]

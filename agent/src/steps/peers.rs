@@ -8,8 +8,8 @@
 //! They lead where Felix's do: to the peer's tunnel address. They go with the migration's end, when all pods' blocks are known, or when
 //! the node goes back.
 
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::RouteMessage;
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::host::netlink::Socket;
 use crate::host::saved::words;
@@ -24,18 +24,18 @@ const PRIORITY: u32 = 32765;
 
 /// Keeps the routes to the peers, whatever happens to those on the device.
 pub fn keep(device: &Device) -> Result<(), Error> {
+    let mut socket = Socket::open()?;
     let mut requests = Vec::new();
-    for saved in &device.routes {
-        if let RouteNetlinkMessage::NewRoute(route) = saved.message()?
-            && leads_to_peer(&route)
-        {
-            let what = format!("keep the {}", saved.text);
+    // As they are now: peers may have come and gone since the node was examined.
+    for route in links::routes(&mut socket, Some(device.link.index))? {
+        if leads_to_peer(&route) {
+            let what = format!("keep the {}", words(&route));
             requests.push(routes::add(what, routes::in_table(&route, TABLE)));
         }
     }
     // Asked for only when all is there.
     requests.push(routes::add_rule(TABLE, PRIORITY));
-    Ok(Socket::open()?.apply(&requests)?)
+    Ok(socket.apply(&requests)?)
 }
 
 fn leads_to_peer(route: &RouteMessage) -> bool {

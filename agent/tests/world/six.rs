@@ -35,6 +35,7 @@ pub fn plumb(node: &str, peer: &str) {
     sh(&format!(
         "ip -n {node} -6 route add default via 2001:db8::2
          echo 0 | ip netns exec {node} tee /proc/sys/net/ipv6/conf/cni0/accept_ra >/dev/null
+         ip -n {peer} link add cni0 type bridge; ip -n {peer} link set cni0 up; ip -n {peer} addr add fd00:10:244:2::1/64 dev cni0 nodad
          ip -n {node} link set cni0 down; ip -n {node} link set cni0 address {MAC}; ip -n {node} link set cni0 up
          ip -n {node} addr add {GATEWAY}/64 dev cni0"
     ));

@@ -261,21 +261,13 @@ fn decide(
         [IpAddr::V4(_), IpAddr::V6(_)] if facts.dual => true,
         _ => return Err("UnexpectedAddresses"),
     };
-    // Where it is the bridge's too (whose hardware address is that of its first port), a pod would believe the bridge that others on it are
-    // to be sent to without their host.
-    let bridges =
-        facts.bridge.map(|bridge| (facts.link_locals.get(&bridge.index), messages6::link_local(&bridge.mac)));
-    let own = facts
-        .link_locals
-        .get(&host.index)
-        .filter(|own| bridges.is_none_or(|(has, makes)| has != Some(*own) && makes != Some(**own)));
-    let next_hop = own.copied().or_else(|| messages6::another_link_local(&host.mac)).filter(|_| six);
-    if six && next_hop.is_none() {
-        return Err("NoLinkLocalAddress");
-    }
+    let next_hop = if six { Some(next_hop(facts, host).ok_or("NoLinkLocalAddress")?) } else { None };
     // Canal's pods have Calico's gateways, on-link, and nothing else to reach.
     let gateways = if facts.canal {
-        [Some(pods::GATEWAY.into()), next_hop.map(IpAddr::V6)].into_iter().flatten().collect()
+        [Some(pods::GATEWAY.into()), next_hop.map(|(address, _)| address.into())]
+            .into_iter()
+            .flatten()
+            .collect()
     } else {
         attachment.gateways.clone()
     };
@@ -296,13 +288,13 @@ fn decide(
     if !routes().all(known) || !default(true) || six && !default(false) {
         return Err("RoutesChanged");
     }
-    let v6 = next_hop.map(|next_hop| V6 {
+    let v6 = next_hop.map(|(next_hop, made)| V6 {
         gateway: gateways.iter().find_map(|gateway| match gateway {
             IpAddr::V6(address) => Some(*address),
             IpAddr::V4(_) => None,
         }),
         next_hop,
-        made: own.is_none(),
+        made,
     });
     Ok(Pod {
         adopted: Adopted {
@@ -326,6 +318,21 @@ fn decide(
         routes: routes().map(Saved::route).collect(),
         host_ports: attachment.host_ports,
     })
+}
+
+// The host end's link-local address, and whether it must be given it. Where it is the bridge's too (whose hardware address is that of its
+// first port) it needs another: a pod would believe the bridge that others on it are to be sent to without their host.
+fn next_hop(facts: &Facts, host: &Link) -> Option<(Ipv6Addr, bool)> {
+    let bridges = |address: &Ipv6Addr| {
+        facts.bridge.is_some_and(|bridge| {
+            facts.link_locals.get(&bridge.index) == Some(address)
+                || messages6::link_local(&bridge.mac).as_ref() == Some(address)
+        })
+    };
+    match facts.link_locals.get(&host.index) {
+        Some(own) if !bridges(own) => Some((*own, false)),
+        _ => messages6::another_link_local(&host.mac).map(|made| (made, true)),
+    }
 }
 
 #[cfg(test)]

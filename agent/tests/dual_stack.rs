@@ -209,6 +209,7 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
 #[test]
 fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with() {
     let world = World::dual(2);
+    six::ask_nobody(&world);
     let before = world.snapshot();
     for live in [true, false] {
         let site = world.site(live);

@@ -86,28 +86,32 @@ fn block_routes(route: &RouteMessage) -> Vec<Request> {
         .collect()
 }
 
-/// Renames them back, and makes everything that hung on them as it was.
+/// Renames them back, and makes everything that hung on them as it was. What is wrong with one doesn't keep the other.
 pub fn give_back(captured: &Captured, live: bool) -> Result<(), Error> {
+    let given: Vec<Result<(), Error>> =
+        all(captured).map(|(device, name)| give_one_back(device, name, live)).collect();
+    given.into_iter().collect::<Result<(), Error>>()?;
+    if captured.device6.is_some() { peers::release() } else { Ok(()) }
+}
+
+fn give_one_back(device: &Device, name: &str, live: bool) -> Result<(), Error> {
     let mut socket = Socket::open()?;
-    for (device, name) in all(captured) {
-        if find(&mut socket, device)?.is_none() {
-            // Felix deletes its device when VXLAN is switched off in its configuration.
-            make(&mut socket, &device.link, name)?;
-        }
-        rename(device, name, &device.link.name, live)?;
-        tidy(&mut socket, device)?;
-        socket.apply(&restores(device)?)?;
+    if find(&mut socket, device)?.is_none() {
+        // Felix deletes its device when VXLAN is switched off in its configuration.
+        make(&mut socket, &device.link, name)?;
     }
-    let Some(device) = &captured.device6 else { return Ok(()) };
-    // Felix takes every address but its own from its device, also the kernel's.
+    rename(device, name, &device.link.name, live)?;
+    tidy(&mut socket, device)?;
+    socket.apply(&restores(device)?)?;
     let index = device.link.index;
-    if !links::link_locals(&mut socket)?.contains_key(&index) {
-        let made = messages6::link_local(&device.link.mac);
-        let requests: Vec<_> =
-            made.into_iter().map(|address| messages6::add_link_local(address, index)).collect();
-        socket.apply(&requests)?;
+    if name != CALICO_V6 || links::link_locals(&mut socket)?.contains_key(&index) {
+        return Ok(());
     }
-    peers::release()
+    // Felix takes every address but its own from its device, also the kernel's.
+    let made = messages6::link_local(&device.link.mac);
+    let requests: Vec<_> =
+        made.into_iter().map(|address| messages6::add_link_local(address, index)).collect();
+    Ok(socket.apply(&requests)?)
 }
 
 fn find(socket: &mut Socket, device: &Device) -> Result<Option<Link>, Error> {

@@ -10,6 +10,9 @@
 //!    neighbour is known), and then leaves the bridge. What comes from the pod is routed before and after, and takes the
 //!    [`detour`] in between; the reverse path is checked loosely on all ways meanwhile.
 //!
+//! A pod's IPv6 goes the same way. Its gateway is the link-local address of its own host end, as Calico's plugin makes it, so that the bridge,
+//! which has another, can't redirect it; the pod is told the hardware address, and nobody is asked for it.
+//!
 //! The way back is the same in reverse. A kernel before 6.2 renames only links that are down: there each host end gets its name
 //! outside the bridge, where nothing is to be learned anew when it is up again, and what meets it in that moment is lost.
 

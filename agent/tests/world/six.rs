@@ -65,6 +65,14 @@ pub fn settle(world: &World) {
     }
 }
 
+/// New addresses are the node's at once, so that a test of something else needn't wait for them.
+pub fn ask_nobody(world: &World) {
+    let node = world.node();
+    sh(&format!(
+        "ip netns exec {node} sh -euc 'for file in /proc/sys/net/ipv6/conf/*/accept_dad; do echo 0 >$file; done'"
+    ));
+}
+
 /// What must be the same again after an undo.
 pub fn snapshot(node: &str, pods: &[Pod]) -> Vec<(String, String)> {
     let mut parts = vec![

@@ -47,11 +47,13 @@ fn pods_of_both_families_change_over_and_back_while_they_talk() {
         let ways: Vec<&str> = inside.lines().filter(|line| !line.starts_with("fe80::/64")).collect();
         assert_eq!(ways.len(), 1, "{inside}");
         assert!(ways[0].starts_with("default via fe80:"), "{inside}");
+    }
+    none_lost(probers, "there");
+    for pod in &world.pods {
         // The host answers for the pod's gateway also when nobody has told the pod where it is.
         sh(&format!("ip -n {} -6 neigh flush dev eth0 nud all", pod.netns));
+        assert!(reaches(&pod.netns, six::OUTSIDE.into()), "{} can't find its gateway", pod.name);
     }
-    std::thread::sleep(Duration::from_millis(500));
-    none_lost(probers, "there");
 
     let probers = world.probe(Duration::from_millis(5), 5);
     world.inside(|| undo(&mut journal, &site).unwrap());

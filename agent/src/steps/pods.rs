@@ -125,7 +125,9 @@ pub fn prepare(captured: &Captured, live: bool) -> Result<(), Error> {
         requests.extend(configured(pod.index, &HOST_END));
         requests.push(messages::mac(pod.index, &bridge.link.mac));
         requests.extend(made_link_local(pod));
-        requests.extend(neighbours(pod, pod.index));
+        // On the bridge too, which forgot them with its address. What a pod answers to a question of IPv6 would take the detour as well, to
+        // a link that hasn't asked.
+        requests.extend(neighbours(pod, pod.index).chain(neighbours(pod, bridge.link.index)));
     }
     if live {
         requests.extend(

@@ -300,7 +300,12 @@ impl World {
             for op in Op::SWITCH {
                 let started = Instant::now();
                 apply(journal, site, op).unwrap();
-                println!("{:16} {:?}", op.as_str(), started.elapsed());
+                println!(
+                    "{:16} {:?}, ended at {:?}",
+                    op.as_str(),
+                    started.elapsed(),
+                    probers::START.elapsed()
+                );
             }
         });
         println!("switch of {} pods: {:?}", self.pods.len(), started.elapsed());

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -61,6 +61,9 @@ impl World {
     }
 }
 
+/// What times are told from.
+pub static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
 pub struct Probers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Flow>>,
@@ -69,17 +72,22 @@ pub struct Probers {
 pub struct Flow {
     pub name: String,
     pub sent: usize,
-    pub lost: Vec<u16>,
+    /// When those were sent that no answer came to, or that couldn't be sent.
+    pub lost: Vec<Duration>,
     pub stall: Duration,
 }
 
 fn flow(name: &str, to: IpAddr, interval: Duration, stop: &AtomicBool) -> Flow {
     let mut echo = Echo::open(to).unwrap();
-    let mut missing = std::collections::BTreeSet::new();
+    let (mut missing, mut lost) = (std::collections::BTreeMap::new(), Vec::new());
     let (mut sent, mut stall, mut next) = (0, Duration::ZERO, Instant::now());
     while !stop.load(Ordering::Relaxed) {
-        if let Ok(sequence) = echo.send(84) {
-            missing.insert(sequence);
+        let at = START.elapsed();
+        match echo.send(84) {
+            Ok(sequence) => {
+                missing.insert(sequence, at);
+            }
+            Err(_) => lost.push(at),
         }
         sent += 1;
         next += interval;
@@ -92,7 +100,8 @@ fn flow(name: &str, to: IpAddr, interval: Duration, stop: &AtomicBool) -> Flow {
     while let Ok(sequence) = echo.wait(Duration::from_millis(300)) {
         missing.remove(&sequence);
     }
-    Flow { name: name.to_owned(), sent, lost: missing.into_iter().collect(), stall }
+    lost.extend(missing.into_values());
+    Flow { name: name.to_owned(), sent, lost, stall }
 }
 
 impl Probers {

@@ -174,6 +174,27 @@ fn what_the_node_itself_talks_about_with_its_pods_goes_on_until_it_ends() {
 }
 
 #[test]
+fn no_pod_needs_to_be_asked_while_its_port_leaves_the_bridge() {
+    let world = World::dual(2);
+    let mut journal = world.captured(true);
+    let site = world.site(true);
+    let before = Op::SWITCH.into_iter().take_while(|op| *op != Op::MovePods);
+    world.inside(|| before.for_each(|op| apply(&mut journal, &site, op).unwrap()));
+    for pod in &world.pods {
+        let cali = flannel_migration_agent::inventory::interface_name("default", &pod.name);
+        for link in ["cni0", &cali] {
+            let known = sh(&format!(
+                "ip -n {0} neigh show dev {link}; ip -n {0} -6 neigh show dev {link}",
+                world.node()
+            ));
+            for address in pod.addresses() {
+                assert!(known.contains(&format!("{address} lladdr")), "{address} on {link}: {known}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_a_pod_sends_while_its_port_is_stopped_takes_the_detour() {
     let world = World::dual(1);
     let mut journal = world.captured(true);

@@ -44,6 +44,8 @@ pub struct Inside {
     pub routes: Vec<RouteMessage>,
     /// Whether there are links beside it and the loopback that are up.
     pub more_links: bool,
+    /// Its `accept_redirects` of IPv6; none without IPv6.
+    pub accept_redirects: Option<String>,
 }
 
 /// Everything the decision is made from.
@@ -105,8 +107,13 @@ pub struct Pod {
 }
 
 /// What IPv6 needs more of a pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct V6 {
+    /// Name of the pod's end of the link.
+    pub interface: String,
+    /// Its `accept_redirects`.
+    pub accept_redirects: Option<String>,
+
     /// The pod's gateway on the bridge.
     pub gateway: Option<Ipv6Addr>,
     /// The host end's link-local address: the pod's gateway in Calico.
@@ -289,6 +296,8 @@ fn decide(
         return Err("RoutesChanged");
     }
     let v6 = next_hop.map(|(next_hop, made)| V6 {
+        interface: attachment.interface.clone(),
+        accept_redirects: inside.accept_redirects.clone(),
         gateway: gateways.iter().find_map(|gateway| match gateway {
             IpAddr::V6(address) => Some(*address),
             IpAddr::V4(_) => None,

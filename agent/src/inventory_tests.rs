@@ -43,6 +43,7 @@ fn scene() -> Scene {
         addresses: attachment.addresses.clone(),
         routes: vec![via("0.0.0.0/0", [10, 244, 1, 1]), via("10.244.0.0/16", [10, 244, 1, 1])],
         more_links: false,
+        accept_redirects: Some("1".into()),
     };
     let known =
         Known { namespace: "default".into(), name: "web".into(), uid: "u1".into(), ..Known::default() };
@@ -159,16 +160,18 @@ fn a_pod_of_both_families_gets_its_host_ends_own_address_as_its_gateway() {
     assert_eq!(pod.gateway, Some([10, 244, 1, 1].into()));
     assert_eq!(pod.routes.len(), 4);
     let own = V6 {
+        interface: "eth0".into(),
+        accept_redirects: Some("1".into()),
         gateway: Some("fd00:10:244:1::1".parse().unwrap()),
         next_hop: scene.link_locals[&7],
         made: false,
     };
-    assert_eq!(pod.v6, Some(own));
+    assert_eq!(pod.v6, Some(own.clone()));
 
     // The bridge's redirects would come from that address as well.
     scene.link_locals.insert(5, scene.link_locals[&7]);
     let made = V6 { next_hop: "fe80::858:66:6d00:1".parse().unwrap(), made: true, ..own };
-    assert_eq!(taken(&scene).adopt[0].v6, Some(made));
+    assert_eq!(taken(&scene).adopt[0].v6.as_ref(), Some(&made));
     scene.link_locals.clear();
     assert_eq!(taken(&scene).adopt[0].v6, Some(made), "the host end has none");
 }

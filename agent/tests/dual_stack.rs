@@ -174,6 +174,40 @@ fn what_the_node_itself_talks_about_with_its_pods_goes_on_until_it_ends() {
 }
 
 #[test]
+fn no_pod_is_redirected_past_its_host() {
+    let world = World::dual(3);
+    let before = world.snapshot();
+    let mut journal = world.captured(true);
+    let site = world.site(true);
+    // Between all pods: which of them has the bridge's hardware address at its host's end makes a difference.
+    let mut connections = Vec::new();
+    for from in &world.pods {
+        for to in world.pods.iter().filter(|to| to.address != from.address) {
+            connections.push(World::connect_from(&from.netns, to, to.six.unwrap().into()));
+        }
+    }
+    // The kernel redirects a sender once in a second.
+    let mut talk = || {
+        for _ in 0..30 {
+            connections.iter_mut().for_each(world::connection::Connection::talk);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let (held, rest) = Op::SWITCH.split_at(Op::SWITCH.iter().position(|op| *op == Op::MovePods).unwrap());
+    world.inside(|| held.iter().for_each(|op| apply(&mut journal, &site, *op).unwrap()));
+    talk();
+    world.inside(|| rest.iter().for_each(|op| apply(&mut journal, &site, *op).unwrap()));
+    talk();
+    for pod in &world.pods {
+        let setting = "/proc/sys/net/ipv6/conf/eth0/accept_redirects";
+        assert_eq!(sh(&format!("ip netns exec {} cat {setting}", pod.netns)).trim(), "1", "given back");
+    }
+    world.inside(|| undo(&mut journal, &site).unwrap());
+    talk();
+    world.assert_same(&before, "after the undo");
+}
+
+#[test]
 fn no_pod_needs_to_be_asked_while_its_port_leaves_the_bridge() {
     let world = World::dual(2);
     let mut journal = world.captured(true);

@@ -52,7 +52,8 @@ pub fn delete(captured: &Captured) -> Result<(), Error> {
         gone.push(link.index);
     }
     gone.extend(detour::entrance(&present));
-    delete_links(&mut socket, &present, &gone)
+    delete_links(&mut socket, &present, &gone)?;
+    pods::accept_redirects(captured)
 }
 
 fn delete_links(socket: &mut Socket, present: &[links::Link], gone: &[u32]) -> Result<(), Error> {

@@ -10,6 +10,7 @@ use crate::host::links::{self, Link};
 use crate::host::netlink::Socket;
 use crate::host::netns;
 use crate::host::saved::Saved;
+use crate::host::sysctl::{self, Table};
 use crate::inventory::{self, Facts, Inside, Inventory, Known};
 use crate::journal::{Bridge, Captured, Device, Journal};
 use crate::steps::{Error, Site, device, pods, rules};
@@ -174,7 +175,15 @@ fn insides(attachments: &[Attachment], networks: &[String]) -> HashMap<String, I
     let mut found = HashMap::new();
     for attachment in attachments.iter().filter(|attachment| networks.contains(&attachment.network)) {
         let path = netns::host_path(&attachment.netns);
-        let looked = Socket::open_in(&path).and_then(|mut socket| look(&mut socket, &attachment.interface));
+        let interface = &attachment.interface;
+        let looked = netns::run(&path, || {
+            let mut inside = look(&mut Socket::open()?, interface)?;
+            if let Some(inside) = &mut inside {
+                inside.accept_redirects = sysctl::read(Table::Conf6, interface, pods::REDIRECTS).ok();
+            }
+            Ok(inside)
+        });
+        let looked = looked.map_err(Error::from).and_then(|looked| looked);
         match looked {
             Ok(Some(inside)) => {
                 found.insert(attachment.sandbox.clone(), inside);
@@ -192,7 +201,7 @@ fn insides(attachments: &[Attachment], networks: &[String]) -> HashMap<String, I
     found
 }
 
-fn look(socket: &mut Socket, interface: &str) -> Result<Option<Inside>, crate::host::netlink::Error> {
+fn look(socket: &mut Socket, interface: &str) -> Result<Option<Inside>, Error> {
     let links = links::links(socket)?;
     let Some(link) = links.iter().find(|link| link.name == interface).cloned() else {
         return Ok(None);
@@ -200,5 +209,5 @@ fn look(socket: &mut Socket, interface: &str) -> Result<Option<Inside>, crate::h
     let more_links = links.iter().any(|other| other.up && other.name != "lo" && other.index != link.index);
     let addresses = links::addresses(socket, link.index)?.iter().filter_map(links::address_of).collect();
     let routes = links::routes(socket, Some(link.index))?;
-    Ok(Some(Inside { link, addresses, routes, more_links }))
+    Ok(Some(Inside { link, addresses, routes, more_links, accept_redirects: None }))
 }

@@ -11,7 +11,9 @@
 //!    [`detour`] in between; the reverse path is checked loosely on all ways meanwhile.
 //!
 //! A pod's IPv6 goes the same way. Its gateway is the link-local address of its own host end, as Calico's plugin makes it, so that the bridge,
-//! which has another, can't redirect it; the pod is told the hardware address, and nobody is asked for it.
+//! which has another, can't redirect it; the pod is told the hardware address, and nobody is asked for it. While its host still sends it
+//! back to the bridge that it came from, the pod accepts no redirect: the kernel makes one for each such packet and has no setting against it,
+//! and TCP takes it from whomever it comes. Whoever is redirected sends straight to the other pod's hardware address, for good.
 //!
 //! The way back is the same in reverse. A kernel before 6.2 renames only links that are down: there each host end gets its name
 //! outside the bridge, where nothing is to be learned anew when it is up again, and what meets it in that moment is lost.
@@ -36,6 +38,8 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 const OPERATING: Duration = Duration::from_secs(1);
 const ANY_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0));
 const ANY_V6: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0));
+/// Whether a link's owner lets itself be redirected.
+pub const REDIRECTS: &str = "accept_redirects";
 const EBUSY: i32 = nix::errno::Errno::EBUSY as i32;
 const LOOSE: (Conf, u32) = (Conf::RpFilter, 2);
 
@@ -157,7 +161,7 @@ pub fn unprepare(captured: &Captured) -> Result<(), Error> {
         }
         requests.push(messages::mac(pod.index, &pod.mac));
         requests.extend(pod.adopted.ip.iter().map(|ip| messages::delete_neighbour(*ip, pod.index)));
-        if let Some(v6) = pod.v6.filter(|v6| v6.made) {
+        if let Some(v6) = pod.v6.as_ref().filter(|v6| v6.made) {
             requests.push(messages6::delete_link_local(v6.next_hop, pod.index));
         }
     }
@@ -198,10 +202,10 @@ fn rename(
             requests.extend([messages::down(pod.index), messages::rename(pod.index, to(pod))]);
         }
         // The kernel forgets the link-local address, and makes it anew of the hardware address.
-        requests.extend(pod.v6.map(|_| messages::mac(pod.index, &pod.mac)));
+        requests.extend(pod.v6.as_ref().map(|_| messages::mac(pod.index, &pod.mac)));
         // Also for one that a crash left down.
         requests.push(messages::up(pod.index));
-        requests.extend(pod.v6.map(|_| messages::mac(pod.index, bridge_mac)));
+        requests.extend(pod.v6.as_ref().map(|_| messages::mac(pod.index, bridge_mac)));
         requests.extend(made_link_local(pod));
         requests.extend(neighbours(pod, pod.index));
         requests.extend(host_routes(pod, routes::add_on_link));
@@ -211,7 +215,7 @@ fn rename(
 }
 
 fn made_link_local(pod: &Pod) -> Option<Request> {
-    pod.v6.filter(|v6| v6.made).map(|v6| messages6::add_link_local(v6.next_hop, pod.index))
+    pod.v6.as_ref().filter(|v6| v6.made).map(|v6| messages6::add_link_local(v6.next_hop, pod.index))
 }
 
 fn neighbours(pod: &Pod, index: u32) -> impl Iterator<Item = Request> {
@@ -219,18 +223,34 @@ fn neighbours(pod: &Pod, index: u32) -> impl Iterator<Item = Request> {
 }
 
 // Does it in each pod's namespace; a pod that was deleted meanwhile has none.
-fn inside(
-    captured: &Captured,
-    requests: impl Fn(&Pod) -> Result<Vec<Request>, Error> + Sync,
-) -> Result<(), Error> {
+fn inside(captured: &Captured, work: impl Fn(&Pod) -> Result<(), Error> + Sync) -> Result<(), Error> {
     let namespace = |pod: &Pod| Some(netns::host_path(&pod.netns)).filter(|path| path.exists());
-    netns::each(&captured.pods, namespace, |pod| Ok(Socket::open()?.apply(&requests(pod)?)?))
+    netns::each(&captured.pods, namespace, work)
+}
+
+/// Lets pods be redirected as before, once nobody redirects them any more.
+pub fn accept_redirects(captured: &Captured) -> Result<(), Error> {
+    if captured.pods.iter().all(|pod| pod.v6.is_none()) {
+        return Ok(());
+    }
+    inside(captured, |pod| redirects(pod, true))
+}
+
+// In the pod's namespace.
+fn redirects(pod: &Pod, accepted: bool) -> Result<(), Error> {
+    let Some(v6) = &pod.v6 else { return Ok(()) };
+    let Some(before) = &v6.accept_redirects else { return Ok(()) };
+    let value = if accepted { before } else { "0" };
+    Ok(sysctl::write(Table::Conf6, &v6.interface, REDIRECTS, value)?)
 }
 
 /// Step 2. Pods send everything to their gateway.
 pub fn route(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
-    inside(captured, |pod| route_requests(pod, &bridge.link.mac))
+    inside(captured, |pod| {
+        redirects(pod, false)?;
+        Ok(Socket::open()?.apply(&route_requests(pod, &bridge.link.mac)?)?)
+    })
 }
 
 fn route_requests(pod: &Pod, gateway_mac: &[u8]) -> Result<Vec<Request>, Error> {
@@ -240,7 +260,7 @@ fn route_requests(pod: &Pod, gateway_mac: &[u8]) -> Result<Vec<Request>, Error> 
         routes::add_on_link(gateway, pod.inner_index),
         routes::via(ANY_V4, gateway, pod.inner_index),
     ];
-    if let Some(v6) = pod.v6 {
+    if let Some(v6) = &pod.v6 {
         let gateway = v6.next_hop.into();
         requests.push(messages::add_permanent_neighbour(gateway, gateway_mac, pod.inner_index));
         requests.push(routes::via(ANY_V6, gateway, pod.inner_index));
@@ -271,7 +291,9 @@ pub fn unroute(captured: &Captured) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
     inside(captured, |pod| {
         let mut requests = Vec::new();
-        for gateway in pod.gateway.into_iter().chain(pod.v6.and_then(|v6| v6.gateway).map(IpAddr::V6)) {
+        for gateway in
+            pod.gateway.into_iter().chain(pod.v6.as_ref().and_then(|v6| v6.gateway).map(IpAddr::V6))
+        {
             requests.push(messages::add_neighbour(gateway, &bridge.link.mac, pod.inner_index));
         }
         for route in by_gateway(pod, false)?.into_iter().chain(by_gateway(pod, true)?) {
@@ -279,12 +301,13 @@ pub fn unroute(captured: &Captured) -> Result<(), Error> {
         }
         requests.push(routes::delete_on_link(GATEWAY.into(), pod.inner_index));
         requests.push(messages::delete_neighbour(GATEWAY.into(), pod.inner_index));
-        if let Some(v6) = pod.v6 {
+        if let Some(v6) = &pod.v6 {
             // The old default route was put beside it if it has another metric.
             requests.push(routes::delete_via(ANY_V6, v6.next_hop.into(), pod.inner_index));
             requests.push(messages::delete_neighbour(v6.next_hop.into(), pod.inner_index));
         }
-        Ok(requests)
+        Socket::open()?.apply(&requests)?;
+        redirects(pod, true)
     })
 }
 
@@ -317,6 +340,9 @@ pub fn leave_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
 /// Step 3, undone.
 pub fn join_bridge(captured: &Captured, live: bool) -> Result<(), Error> {
     let Some(bridge) = &captured.bridge else { return Ok(()) };
+    if captured.pods.iter().any(|pod| pod.v6.is_some()) {
+        inside(captured, |pod| redirects(pod, false))?;
+    }
     let mut socket = Socket::open()?;
     loosen(&mut socket, captured)?;
     let present_before = present(&mut socket, captured)?;

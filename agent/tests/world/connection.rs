@@ -16,12 +16,18 @@ pub struct Connection {
 
 impl World {
     pub fn connect(&self, pod: &Pod, address: IpAddr) -> Connection {
+        Self::connect_from(&self.node(), pod, address)
+    }
+
+    pub fn connect_from(from: &str, pod: &Pod, address: IpAddr) -> Connection {
         let listener = netns::run(&Path::new("/run/netns").join(&pod.netns), || {
             TcpListener::bind((address, 0)).unwrap()
         })
         .unwrap();
         let port = listener.local_addr().unwrap().port();
-        let client = self.inside(|| TcpStream::connect((address, port)).unwrap());
+        let client =
+            netns::run(&Path::new("/run/netns").join(from), || TcpStream::connect((address, port)).unwrap())
+                .unwrap();
         let (server, _) = listener.accept().unwrap();
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

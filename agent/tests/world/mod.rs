@@ -10,7 +10,7 @@
     clippy::indexing_slicing
 )]
 
-mod connection;
+pub mod connection;
 pub mod probers;
 pub mod six;
 

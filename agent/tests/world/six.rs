@@ -103,7 +103,8 @@ pub fn snapshot(node: &str, pods: &[Pod]) -> Vec<(String, String)> {
         parts.push((
             format!("pod {} of IPv6", pod.name),
             format!(
-                "ip -n {0} -6 route | sort; ip -n {0} -6 -o address; ip -n {0} -6 neigh show nud permanent",
+                "ip -n {0} -6 route | sort; ip -n {0} -6 -o address; ip -n {0} -6 neigh show nud permanent
+                 ip netns exec {0} cat /proc/sys/net/ipv6/conf/eth0/accept_redirects",
                 pod.netns
             ),
         ));

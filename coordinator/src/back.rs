@@ -42,7 +42,8 @@ impl Steps {
             if self.settings.flannel.canal {
                 canal::hold(&self.writer, node).await?;
             }
-            let freed = ipam::Ipam::new(self.writer.clone()).release_pods(node, &self.blocks(&facts)).await?;
+            let ipam = ipam::Ipam::new(self.writer.clone());
+            let freed = ipam.release_pods(node, &facts.pod_cidrs, &self.blocks(&facts)).await?;
             info!(
                 node,
                 epoch = epoch.get(),

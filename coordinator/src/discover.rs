@@ -111,6 +111,14 @@ pub struct Backend {
     pub direct_routing: bool,
 }
 
+impl NetConf {
+    /// Whether flannel carries IPv6.
+    #[must_use]
+    pub fn carries_ipv6(&self) -> bool {
+        self.enable_ipv6 == Some(true)
+    }
+}
+
 /// Reads `net-conf.json`. flannel, as every program in Go, takes names in any case.
 pub fn net_conf(text: &str) -> Result<NetConf, serde_json::Error> {
     match serde_json::from_str(text)? {
@@ -153,8 +161,19 @@ pub struct CalicoDaemon {
     pub datastore: Option<String>,
     /// How it finds a node's address, when it does: `first-found` and others.
     pub autodetection: Option<String>,
+    /// What of it is ready for IPv6.
+    pub ipv6: Ipv6,
     /// Who would put the DaemonSet back.
     pub keeper: Option<String>,
+}
+
+/// What of Calico's DaemonSet is ready for IPv6.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ipv6 {
+    /// Whether Felix knows IPv6; it does unless it is told not to.
+    pub felix: bool,
+    /// How it finds a node's IPv6 address, when it does; nothing is found unasked.
+    pub autodetection: Option<String>,
 }
 
 /// flannel's annotation prefix unless it is told another.
@@ -217,6 +236,11 @@ fn env(container: &Container, name: &str) -> Option<String> {
 
 fn is_on(value: Option<&String>) -> bool {
     value.is_some_and(|value| matches!(value.as_str(), "true" | "1" | "t" | "T" | "TRUE" | "True"))
+}
+
+/// As Felix reads it.
+pub(crate) fn is_off(value: &str) -> bool {
+    matches!(value.to_lowercase().as_str(), "false" | "0" | "no" | "n" | "f")
 }
 
 /// All DaemonSets that run flanneld.
@@ -338,10 +362,20 @@ fn calico_daemon(of: &DaemonSet, spec: &PodSpec, node: &Container) -> Result<Cal
         waits: waits(spec.node_selector.as_ref()),
         version: version(node),
         datastore: env(node, "DATASTORE_TYPE"),
-        autodetection: (env(node, "IP").as_deref() == Some("autodetect"))
-            .then(|| env(node, "IP_AUTODETECTION_METHOD").unwrap_or_else(|| "first-found".to_owned())),
+        autodetection: autodetection(node, "IP"),
+        ipv6: Ipv6 {
+            felix: env(node, "FELIX_IPV6SUPPORT").is_none_or(|value| !is_off(&value)),
+            autodetection: autodetection(node, "IP6"),
+        },
         keeper: origin::keeper(of),
     })
+}
+
+/// The method by which the address that `variable` is about is found, if it is.
+fn autodetection(node: &Container, variable: &str) -> Option<String> {
+    let method = || env(node, &format!("{variable}_AUTODETECTION_METHOD"));
+    (env(node, variable).as_deref() == Some("autodetect"))
+        .then(|| method().filter(|method| !method.is_empty()).unwrap_or_else(|| "first-found".to_owned()))
 }
 
 fn waits(selector: Option<&BTreeMap<String, String>>) -> bool {

@@ -151,6 +151,24 @@ fn calico_says_what_its_installer_writes() {
 }
 
 #[test]
+fn calico_carries_ipv6_unless_felix_is_told_not_to_and_finds_addresses_only_when_asked() {
+    let with = |env: &str| {
+        let yaml = CALICO.replace(
+            "{name: calico-node, image: node:1}",
+            &format!("{{name: calico-node, image: node, env: [{env}]}}"),
+        );
+        calico_daemons(&daemon_sets(&yaml)).remove(0).unwrap().ipv6
+    };
+    assert_eq!(with(""), Ipv6 { felix: true, autodetection: None });
+    let stock = "{name: FELIX_IPV6SUPPORT, value: 'false'}, {name: IP, value: autodetect}";
+    assert_eq!(with(stock), Ipv6::default());
+    let ready = "{name: FELIX_IPV6SUPPORT, value: 'true'}, {name: IP6, value: autodetect}";
+    assert_eq!(with(ready), Ipv6 { felix: true, autodetection: Some("first-found".into()) });
+    let method = "{name: IP6, value: autodetect}, {name: IP6_AUTODETECTION_METHOD, value: interface=eth0}";
+    assert_eq!(with(method).autodetection.as_deref(), Some("interface=eth0"));
+}
+
+#[test]
 fn a_calico_whose_config_name_is_not_literal_is_a_finding() {
     let yaml =
         CALICO.replace("value: 10-calico.conflist", "valueFrom: {fieldRef: {fieldPath: spec.nodeName}}");

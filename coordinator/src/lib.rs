@@ -2,6 +2,7 @@
 //!
 //! Decisions ([`discover`], [`settings`], [`preflight`], [`plan`]) are pure; effects ([`api`], [`calico`]) and wiring are apart.
 
+pub mod ahead;
 pub mod api;
 pub mod args;
 pub mod back;

@@ -1,5 +1,6 @@
 //! The steps of one node as effects: each reads the node afresh, checks that the step still applies, and writes with the version read.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Epoch, Evict, Goal, Grant, Network, State, Strategy};
@@ -10,8 +11,9 @@ use tracing::{info, warn};
 
 use crate::api::{self, CONFLICT_RETRIES, Writer, found, read};
 use crate::args::Policy;
+use crate::calico::layout::Layout;
 use crate::calico::stock::Stock;
-use crate::calico::{announced, canal, ipam, names, prepare};
+use crate::calico::{announced, canal, ipam, prepare};
 use crate::cluster::{Node, NodeFacts, Nodes};
 use crate::drain;
 use crate::patch::{self, failure};
@@ -65,8 +67,8 @@ pub struct Steps {
     pub settings: Settings,
     /// How nodes are taken through.
     pub policy: Policy,
-    /// Length of Calico's blocks.
-    pub block_size: u8,
+    /// How flannel's networks are divided into Calico's blocks.
+    pub layout: Layout,
     /// Where it is told what becomes of nodes.
     pub board: Board,
     /// What an administrator asks of the whole cluster.
@@ -124,20 +126,21 @@ impl Steps {
 
     async fn enrol(&self, node: &str) -> Result<(), Error> {
         let Some(facts) = self.nodes.get(node) else { return Ok(()) };
-        let Some(network) = self.settings.network() else { return Ok(()) };
+        let networks = self.settings.networks();
         let prefix = &self.settings.flannel.annotation_prefix;
         // flannel's selector keeps it off nodes without label: whoever has no annotations now will never have any.
-        let (flannel, label, more) = if let Ok(flannel) = announced::flannel_node(&facts, prefix, network) {
+        let (flannel, label, more) = if let Ok(flannel) = announced::flannel_node(&facts, prefix, networks) {
             (flannel, Network::Flannel, Map::new())
         } else {
             // A node that joined in mid-run never had flannel. So that the nodes that flannel still runs on reach it, it is announced to
             // them in flannel's own words.
-            let joined = announced::joined_node(&facts, network).map_err(prepare::Error::Contradiction)?;
+            let joined = announced::joined_node(&facts, networks).map_err(prepare::Error::Contradiction)?;
             let words = announced::flannel_annotations(&joined, &self.settings);
             (joined, Network::Calico, words)
         };
-        // What there is of one node is looked at as it is now.
-        prepare::blocks(&self.writer, node, &flannel, self.block_size, &Stock::default()).await?;
+        // What there is of one node is looked at as it is now. What addresses its pods have is followed all the time.
+        let needs = (&self.layout, &BTreeSet::new());
+        prepare::blocks(&self.writer, node, &flannel, needs, &Stock::default()).await?;
         self.swap(node, "label the node", |now| {
             let unlabelled = now.view.network.is_absent();
             unlabelled.then(|| announced::patch(now, &flannel, Some(label), more.clone())).flatten()
@@ -281,8 +284,17 @@ impl Steps {
                 "node {node} is verifying, but doesn't say which pods it adopted"
             )));
         };
-        let (ipam, blocks) = (ipam::Ipam::new(self.writer.clone()), self.blocks(&facts));
         let kept = facts.view.kept.get().map_or(&[][..], Vec::as_slice);
+        let ipam = ipam::Ipam::new(self.writer.clone());
+        // A pod that came last may have an IPv6 address behind all blocks that the node was given.
+        let addresses = adopted.iter().flat_map(|pod| &pod.ip).chain(kept);
+        let of_pods: BTreeSet<ipnet::IpNet> = addresses
+            .filter(|address| address.is_ipv6())
+            .filter_map(|address| self.layout.block_of(&facts.pod_cidrs, *address))
+            .collect();
+        let of_pods: Vec<ipnet::IpNet> = of_pods.into_iter().collect();
+        ipam.claim_more(node, &of_pods).await?;
+        let blocks = [self.blocks(&facts), of_pods].concat();
         ipam.register(node, &blocks, adopted, kept).await?;
         if self.settings.flannel.canal {
             canal::release(&self.writer, node).await?;
@@ -344,14 +356,9 @@ impl Steps {
         Ok(facts.filter(|facts| facts.view.answered().is_some_and(|state| states.contains(&state))))
     }
 
-    /// The blocks of a node's pod network.
+    /// The blocks that a node has whatever its pods' addresses are.
     pub(crate) fn blocks(&self, facts: &NodeFacts) -> Vec<ipnet::IpNet> {
-        facts
-            .pod_cidrs
-            .iter()
-            .filter(|cidr| matches!(cidr, ipnet::IpNet::V4(_)))
-            .flat_map(|cidr| names::blocks(&cidr.trunc(), self.block_size))
-            .collect()
+        self.layout.blocks(&facts.pod_cidrs, &BTreeSet::new())
     }
 
     pub(crate) async fn tell(&self, node: &str, type_: EventType, reason: &str, message: String) {

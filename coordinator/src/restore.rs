@@ -1,42 +1,55 @@
 //! The end of a rollback of the whole cluster: what was prepared for Calico is taken back, and flannel's pods need no label any more.
 //! Each step looks first, so that it can be repeated at any point. The agents' keys stay the agents'.
 
+use std::collections::BTreeSet;
+
 use flannel_migration_protocol::keys;
+use ipnet::IpNet;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams};
 use serde_json::{Map, Value, json};
 use tracing::info;
 
 use crate::api::{Result, Writer, found, read};
-use crate::calico::types::{FelixConfiguration, IPPool, IpPoolSpec};
+use crate::calico::prepare::Pools;
+use crate::calico::stock::Stock;
+use crate::calico::types::{FelixConfiguration, IPPool};
 use crate::calico::{ipam, names, prepare};
 use crate::cluster::Node;
 use crate::node::{Error, Steps};
 use crate::{images, selectors};
 
 /// Keys of the coordinator's on nodes, and Calico's that it wrote there.
-const NODE_KEYS: [&str; 8] = [
+const NODE_KEYS: [&str; 11] = [
     keys::NETWORK,
     keys::LEASE,
     keys::GRANT,
     keys::CORDONED,
     keys::FAILURES,
     names::TUNNEL_ADDRESS,
+    names::TUNNEL_ADDRESS_V6,
     names::TUNNEL_MAC,
+    names::TUNNEL_MAC_V6,
     names::NODE_ADDRESS,
+    names::NODE_ADDRESS_V6,
 ];
 
 /// Takes everything back. Every node must be flannel's.
-pub async fn restore(steps: &Steps, pool: &IpPoolSpec) -> Result<(), Error> {
+pub async fn restore(steps: &Steps, pools: &Pools) -> Result<(), Error> {
     let writer = &steps.writer;
     images::remove(writer, &steps.settings.calico.daemon_set.namespace).await?;
     selectors::free_flannel(writer, &steps.settings.flannel.daemon_set).await?;
-    calico(steps, pool).await?;
+    calico(steps, pools).await?;
     let ipam = ipam::Ipam::new(writer.clone());
+    // Those of IPv6 are where the pods' addresses were.
+    let stock =
+        if steps.settings.dual_stack() { Stock::read(&writer.client).await? } else { Stock::default() };
+    let there = stock.by_node(steps.settings.networks());
     // Last, and each node's label after its blocks: by the labels a coordinator that comes back knows that this isn't over.
     for node in steps.nodes.all().iter() {
-        let blocks = steps.blocks(node);
-        ipam.release_pods(&node.name, &blocks).await?;
+        let more = there.get(node.name.as_str()).into_iter().flatten().copied();
+        let blocks: BTreeSet<IpNet> = steps.blocks(node).into_iter().chain(more).collect();
+        ipam.release_pods(&node.name, &node.pod_cidrs, &[]).await?;
         for block in &blocks {
             ipam.disclaim(&node.name, block).await?;
         }
@@ -65,14 +78,16 @@ async fn clean(writer: &Writer, node: &str) -> Result<()> {
     Ok(())
 }
 
-/// The pool and Felix's VXLAN settings, as far as they are what the preparation makes.
-async fn calico(steps: &Steps, wanted: &IpPoolSpec) -> Result<()> {
+/// The pools and Felix's VXLAN settings, as far as they are what the preparation makes.
+async fn calico(steps: &Steps, wanted: &Pools) -> Result<()> {
     let writer = &steps.writer;
     let pools: Api<IPPool> = Api::all(writer.client.clone());
-    let pool = found(read("read Calico's pool", pools.get(names::POOL)).await)?;
-    if pool.is_some_and(|pool| prepare::pool_differences(&pool.spec, wanted).is_empty()) {
-        let params = DeleteParams::default();
-        found(writer.write("delete Calico's pool", pools.delete(names::POOL, &params)).await)?;
+    for (name, wanted) in wanted {
+        let pool = found(read("read Calico's pool", pools.get(name)).await)?;
+        if pool.is_some_and(|pool| prepare::pool_differences(&pool.spec, wanted).is_empty()) {
+            let params = DeleteParams::default();
+            found(writer.write("delete Calico's pool", pools.delete(name, &params)).await)?;
+        }
     }
     let felix: Api<FelixConfiguration> = Api::all(writer.client.clone());
     let what = "take Felix's VXLAN settings back";

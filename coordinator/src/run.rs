@@ -1,9 +1,9 @@
 //! The Job: leads, examines, prepares, rolls, finishes; nothing is remembered but in the cluster.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use flannel_migration_protocol::{Network, State};
 use flannel_migration_telemetry::{Probes, serve};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use kube::Client;
@@ -14,8 +14,9 @@ use tracing::{info, warn};
 
 use crate::api::{self, Writer};
 use crate::args::Options;
+use crate::calico::layout::Layout;
+use crate::calico::prepare::Pools;
 use crate::calico::stock::Stock;
-use crate::calico::types::IpPoolSpec;
 use crate::calico::{announced, canal, prepare};
 use crate::cluster::{NodeFacts, Nodes};
 use crate::finish::{self, Record};
@@ -23,6 +24,7 @@ use crate::leader::Candidate;
 use crate::metrics::{self, Metrics};
 use crate::node::{self, Steps};
 use crate::plan::End;
+use crate::preflight::nodes::untouched;
 use crate::preflight::{Finding, Severity, Verdict};
 use crate::requests::Requests;
 use crate::roll::winds_down;
@@ -30,7 +32,7 @@ use crate::settings::Settings;
 use crate::stage::Stage;
 use crate::status::{Board, Phase};
 use crate::survey::{begun, calico_in_use};
-use crate::{check, images, restore, rights, roll, selectors};
+use crate::{ahead, check, images, restore, rights, roll, selectors};
 
 /// Findings are looked at again this often; most also when a node changes.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -189,11 +191,12 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             }
             Admitted::Ready(settings) => *settings,
         };
-        let (block_size, pool) = layout(&nodes.all(), &settings)?;
+        let layout = settings.layout(&nodes.all());
+        let pools = layout.pools(settings.ip_masq);
         let winding = winds_down(requests.now());
         if !winding {
             stage.enter(Phase::Prepare, "").await;
-            prepared(stage, options, nodes, &settings, block_size, &pool).await?;
+            prepared(stage, options, nodes, &settings, (&layout, &pools)).await?;
         }
         stage.enter(Phase::Roll, "").await;
         let steps = Steps {
@@ -201,11 +204,15 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             nodes: nodes.clone(),
             settings,
             policy: options.policy.clone(),
-            block_size,
+            layout,
             board: stage.board.clone(),
             requests: requests.clone(),
         };
-        match roll::roll(&steps, options.node_name.as_deref(), winding).await? {
+        let end = tokio::select! {
+            end = roll::roll(&steps, options.node_name.as_deref(), winding) => end?,
+            never = ahead::follow(&steps) => match never {},
+        };
+        match end {
             // What follows can't be taken back: the watch may not have told yet what was asked last.
             Some(End::Migrated) if requests.certain().await?.is_none() => {
                 stage.enter(Phase::Finish, "").await;
@@ -215,7 +222,7 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             Some(End::Migrated) | None => {}
             Some(End::Aborted) => return stop(writer, &requests, "aborted: every node is at rest").await,
             Some(End::RolledBack) => {
-                restore::restore(&steps, &pool).await.map_err(Box::new)?;
+                restore::restore(&steps, &pools).await.map_err(Box::new)?;
                 return stop(writer, &requests, "rolled back: every node is flannel's").await;
             }
         }
@@ -229,22 +236,6 @@ async fn stop(writer: &Writer, requests: &Requests, why: &'static str) -> Result
     // Ending by itself would be taken for a failure, and started again.
     sleep(SUSPENDED_LIMIT).await;
     Err(Error::Stopped(why))
-}
-
-/// Length of Calico's blocks, and the pool that flannel's network becomes.
-fn layout(nodes: &[Arc<NodeFacts>], settings: &Settings) -> Result<(u8, IpPoolSpec), Error> {
-    let network = settings.network().ok_or_else(|| api::Error::Unexpected {
-        what: "prepare the cluster".to_owned(),
-        why: "flannel's network isn't known".to_owned(),
-    })?;
-    let lens: Vec<u8> = nodes
-        .iter()
-        .flat_map(|node| &node.pod_cidrs)
-        .filter(|cidr| network.contains(*cidr))
-        .map(ipnet::IpNet::prefix_len)
-        .collect();
-    let block_size = Settings::block_size(&lens);
-    Ok((block_size, prepare::pool(network, block_size, settings.ip_masq)))
 }
 
 enum Admitted {
@@ -286,7 +277,7 @@ async fn admitted(
                 let facts = &settings.flannel_facts;
                 info!(
                     step = "preflight", nodes = all.len(), flannel = %settings.flannel.daemon_set, calico = %settings.calico.daemon_set,
-                    network = facts.networks.first().map(ToString::to_string), vni = facts.vni, port = facts.port, mtu = facts.mtu,
+                    network = facts.networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(","), vni = facts.vni, port = facts.port, mtu = facts.mtu,
                     "the cluster can be migrated"
                 );
                 return Ok(Admitted::Ready(settings));
@@ -316,28 +307,31 @@ async fn prepared(
     options: &Options,
     nodes: &Nodes,
     settings: &Settings,
-    block_size: u8,
-    pool: &IpPoolSpec,
+    (layout, pools): (&Layout, &Pools),
 ) -> Result<(), Error> {
     let writer = stage.writer;
     let all = nodes.all();
-    let Some(network) = settings.network() else { return Ok(()) };
-    let untouched: Vec<&Arc<NodeFacts>> = all.iter().filter(|node| is_untouched(node)).collect();
+    let untouched: Vec<&Arc<NodeFacts>> = all.iter().filter(|node| untouched(node)).collect();
     if settings.flannel.canal {
         for node in &untouched {
             canal::hold(writer, &node.name).await?;
         }
         if !calico_in_use(&all) {
-            canal::pool(writer, pool).await?;
+            canal::pool(writer, pools).await?;
         }
     }
-    prepare::cluster(writer, settings, pool, calico_in_use(&all)).await?;
+    prepare::cluster(writer, settings, pools, calico_in_use(&all)).await?;
 
     let stock = if untouched.is_empty() { Stock::default() } else { Stock::read(&writer.client).await? };
+    let addresses =
+        if settings.dual_stack() { ahead::addresses(&writer.client).await? } else { BTreeMap::new() };
+    let none = BTreeSet::new();
     stream::iter(untouched.iter().map(|node| async {
-        let flannel = announced::flannel_node(node, &settings.flannel.annotation_prefix, network)
-            .map_err(prepare::Error::Contradiction)?;
-        if let Some(written) = prepare::node(writer, node, &flannel, block_size, &stock).await? {
+        let networks = settings.networks();
+        let flannel = announced::flannel_node(node, &settings.flannel.annotation_prefix, networks)
+            .map_err(Error::Findings)?;
+        let needs = (layout, addresses.get(&node.name).unwrap_or(&none));
+        if let Some(written) = prepare::node(writer, node, &flannel, needs, &stock).await? {
             nodes.wrote(written);
         }
         Ok::<(), Error>(())
@@ -351,10 +345,4 @@ async fn prepared(
     selectors::tie_flannel(writer, &settings.flannel.daemon_set).await?;
     info!(step = "prepare", nodes = all.len(), untouched = untouched.len(), "the cluster is prepared");
     Ok(())
-}
-
-/// Whether flannel alone runs the node's network.
-fn is_untouched(node: &NodeFacts) -> bool {
-    matches!(node.view.network.get(), None | Some(Network::Flannel))
-        && matches!(node.view.state.get(), None | Some(State::Flannel | State::Preparing | State::Prepared))
 }

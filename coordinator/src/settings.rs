@@ -3,11 +3,15 @@
 
 use std::fmt::Display;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use flannel_migration_protocol::{CalicoFacts, FlannelFacts};
 use ipnet::IpNet;
 
 use crate::args::Stated;
+use crate::calico::family::Family;
+use crate::calico::layout::Layout;
+use crate::cluster::NodeFacts;
 use crate::discover::{CalicoDaemon, FlannelDaemon, Name, NetConf, VXLAN_PORT, VXLAN_VNI};
 use crate::preflight::Finding;
 
@@ -46,16 +50,22 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The IPv4 network.
+    /// flannel's networks, IPv4 first.
     #[must_use]
-    pub fn network(&self) -> Option<IpNet> {
-        self.flannel_facts.networks.iter().copied().find(|network| matches!(network, IpNet::V4(_)))
+    pub fn networks(&self) -> &[IpNet] {
+        &self.flannel_facts.networks
     }
 
-    /// Length of Calico's blocks: never longer than 26 bits unless a node's subnet is smaller, as Calico's own migration has it.
+    /// Whether flannel carries IPv6 beside IPv4.
     #[must_use]
-    pub fn block_size(subnet_lens: &[u8]) -> u8 {
-        subnet_lens.iter().copied().max().unwrap_or(24).max(26)
+    pub fn dual_stack(&self) -> bool {
+        self.networks().iter().any(|network| Family::of_net(network) == Family::V6)
+    }
+
+    /// How flannel's networks are divided among these nodes.
+    #[must_use]
+    pub fn layout(&self, nodes: &[Arc<NodeFacts>]) -> Layout {
+        Layout::new(self.networks(), nodes.iter().flat_map(|node| &node.pod_cidrs))
     }
 }
 
@@ -214,6 +224,7 @@ pub fn settle(stated: &Stated, detected: &Detected) -> Result<Settings, Vec<Find
         conf.and_then(|conf| conf.network),
         &whence,
     );
+    let network_v6 = conf.filter(|conf| conf.carries_ipv6()).and_then(|conf| conf.ipv6_network);
     let vni = conf.map(|conf| conf.backend.vni.unwrap_or(VXLAN_VNI));
     let vni = reconciled.value("FLANNEL_VNI", stated.flannel_vni.as_ref(), vni, &whence);
     let port = conf.map(|conf| conf.backend.port.filter(|port| *port != 0).unwrap_or(VXLAN_PORT));
@@ -270,6 +281,9 @@ pub fn settle(stated: &Stated, detected: &Detected) -> Result<Settings, Vec<Find
             "Set FLANNEL_NETWORK, or Network in net-conf.json",
         ));
     }
+    if conf.is_some_and(NetConf::carries_ipv6) && network_v6.is_none() {
+        findings.push(undetected("flannel's IPv6 network", &whence, "Set IPv6Network in net-conf.json"));
+    }
     if detected.kube_service_address.is_none() {
         findings.push(undetected(
             "the address of the API server's Service",
@@ -289,7 +303,7 @@ pub fn settle(stated: &Stated, detected: &Detected) -> Result<Settings, Vec<Find
         let mtu = mtu?;
         Some(Settings {
             flannel_facts: FlannelFacts {
-                networks: vec![network?],
+                networks: std::iter::once(network?).chain(network_v6).collect(),
                 vni: vni?,
                 port: port?,
                 mtu,

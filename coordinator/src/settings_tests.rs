@@ -1,6 +1,7 @@
 use rstest::rstest;
 
 use super::*;
+use crate::discover::Ipv6;
 use crate::origin::Version;
 
 pub(crate) fn detected() -> Detected {
@@ -31,6 +32,7 @@ pub(crate) fn detected() -> Detected {
         version: Some(Version(3, 28, 5)),
         datastore: Some("kubernetes".into()),
         autodetection: Some("first-found".into()),
+        ipv6: Ipv6 { felix: true, autodetection: Some("first-found".into()) },
         keeper: None,
     };
     Detected {
@@ -87,7 +89,7 @@ fn what_is_not_stated_is_detected() {
     let settings = settle(&Stated::default(), &detected()).unwrap();
     let facts = &settings.flannel_facts;
     assert_eq!((facts.vni, facts.port, facts.mtu, settings.ip_masq), (1, 8472, 1450, true));
-    assert_eq!(settings.network(), "10.244.0.0/16".parse().ok());
+    assert_eq!(settings.networks(), ["10.244.0.0/16".parse().unwrap()]);
 }
 
 #[test]
@@ -144,8 +146,22 @@ fn of_two_flannels_one_must_be_named() {
 }
 
 #[test]
-fn blocks_are_as_calicos_own_migration_makes_them() {
-    assert_eq!(Settings::block_size(&[24, 24]), 26);
-    assert_eq!(Settings::block_size(&[24, 27]), 27);
-    assert_eq!(Settings::block_size(&[]), 26);
+fn a_cluster_of_both_families_has_both_networks_ipv4_first() {
+    let with = |text: &str| {
+        let mut both = detected();
+        both.net_conf = crate::discover::net_conf(text).ok();
+        settle(&Stated::default(), &both)
+    };
+    let both = with(
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","Backend":{"Type":"vxlan"}}"#,
+    );
+    let both = both.unwrap();
+    let networks: Vec<String> = both.networks().iter().map(ToString::to_string).collect();
+    assert_eq!(networks, ["10.244.0.0/16", "fd00:10:244::/56"]);
+    assert!(both.dual_stack() && !settings().dual_stack());
+    // Switched off, it may still be written there, as k3s does.
+    let off = with(r#"{"Network":"10.244.0.0/16","IPv6Network":"::/0","Backend":{"Type":"vxlan"}}"#).unwrap();
+    assert_eq!(off.networks().len(), 1);
+    let unknown = with(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"Backend":{"Type":"vxlan"}}"#);
+    assert_eq!(unknown.unwrap_err()[0].reason, "NotDetected");
 }

@@ -139,9 +139,9 @@ pub struct Grant {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FlannelFacts {
-    /// The cluster's pod networks; flannel's `Network`.
+    /// The cluster's pod networks: flannel's `Network`, and then its `IPv6Network` where it carries both families.
     pub networks: Vec<IpNet>,
-    /// VXLAN network identifier; the device is `flannel.<vni>`.
+    /// VXLAN network identifier; the device is `flannel.<vni>`, and for IPv6 `flannel-v6.<vni>`.
     pub vni: u32,
     /// UDP port of VXLAN.
     pub port: u16,

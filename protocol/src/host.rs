@@ -23,8 +23,8 @@ pub struct HostFacts {
     /// Names of the files in `/opt/cni/bin`, sorted; at most [`MOST_PLUGINS`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub plugins: Vec<String>,
-    /// Interfaces with IPv4 addresses that nodes could be reached by, by index; at most [`MOST_INTERFACES`]. Not those of pods, bridges
-    /// and tunnels, which Calico never takes either.
+    /// Interfaces with addresses that nodes could be reached by, by index; at most [`MOST_INTERFACES`]. Not those of pods, bridges and
+    /// tunnels, which Calico never takes either.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<Interface>,
 }
@@ -50,7 +50,7 @@ pub struct VxlanDevice {
 pub struct Interface {
     /// Name.
     pub name: String,
-    /// IPv4 addresses with the prefix length of their network.
+    /// Addresses of both families with the prefix length of their network; not link-local ones of IPv6.
     pub addresses: Vec<IpNet>,
 }
 

@@ -1,31 +1,60 @@
-//! What a node is in flannel's network, as flannel's annotations say, and the annotations by which Calico takes its place. Pure.
+//! What a node is in flannel's networks, as flannel's annotations say, and the annotations by which Calico takes its place. Pure.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use flannel_migration_protocol::{Network, keys};
 use ipnet::IpNet;
 use serde_json::{Map, Value, json};
 
-use super::names;
+use super::family::Family;
 use crate::cluster::NodeFacts;
 use crate::preflight::Finding;
 use crate::settings::Settings;
 
-/// What flannel says about a node.
+/// A node in one of flannel's networks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FlannelNode {
-    /// The node's IPv4 pod network.
+pub struct Vtep {
+    /// The node's pod network.
     pub network: IpNet,
     /// Address of its VXLAN device: the network's first.
     pub tunnel: IpAddr,
     /// MAC address of its VXLAN device, as flannel writes it.
     pub mac: String,
     /// The address other nodes send to.
-    pub public: Ipv4Addr,
+    pub public: IpAddr,
 }
 
-/// Reads what flannel's annotations say about a node.
-pub fn flannel_node(node: &NodeFacts, prefix: &str, network: IpNet) -> Result<FlannelNode, Finding> {
+impl Vtep {
+    fn new(share: IpNet, mac: String, public: IpAddr) -> Self {
+        Self { network: share.trunc(), tunnel: share.network(), mac, public }
+    }
+
+    /// Of which family all of it is.
+    #[must_use]
+    pub const fn family(&self) -> Family {
+        Family::of_net(&self.network)
+    }
+}
+
+/// What a node is in each of flannel's networks, IPv4 first.
+pub type FlannelNode = Vec<Vtep>;
+
+/// Reads what flannel's annotations say about a node in these networks; what is wrong in the first network comes first.
+pub fn flannel_node(node: &NodeFacts, prefix: &str, networks: &[IpNet]) -> Result<FlannelNode, Vec<Finding>> {
+    let (mut vteps, mut findings) = (Vec::new(), Vec::new());
+    for network in networks {
+        match vtep(node, prefix, network) {
+            Ok(vtep) => vteps.push(vtep),
+            // Both may be about the same annotation.
+            Err(finding) if findings.contains(&finding) => {}
+            Err(finding) => findings.push(finding),
+        }
+    }
+    if findings.is_empty() { Ok(vteps) } else { Err(findings) }
+}
+
+fn vtep(node: &NodeFacts, prefix: &str, network: &IpNet) -> Result<Vtep, Finding> {
+    let family = Family::of_net(network);
     let object = || format!("Node {}", node.name);
     let not_annotated = |what: &str| {
         Finding::blocking(
@@ -35,14 +64,15 @@ pub fn flannel_node(node: &NodeFacts, prefix: &str, network: IpNet) -> Result<Fl
             "See to it that flannel's pod runs on the node; it writes the annotations when it starts",
         )
     };
-    let own = node.pod_cidrs.iter().copied().find(|cidr| matches!(cidr, IpNet::V4(_))).ok_or_else(|| {
-        Finding::blocking(
-            "NodeWithoutPodCidr",
-            object(),
-            "it has no IPv4 podCIDR",
-            "Let the controller manager allocate node CIDRs",
-        )
-    })?;
+    let own =
+        node.pod_cidrs.iter().copied().find(|cidr| Family::of_net(cidr) == family).ok_or_else(|| {
+            Finding::blocking(
+                "NodeWithoutPodCidr",
+                object(),
+                format!("it has no {} podCIDR", family.as_str()),
+                "Let the controller manager allocate node CIDRs",
+            )
+        })?;
     if !network.contains(&own) {
         return Err(Finding::fatal(
             "PodCidrOutsideNetwork",
@@ -61,7 +91,8 @@ pub fn flannel_node(node: &NodeFacts, prefix: &str, network: IpNet) -> Result<Fl
             "Only flannel's vxlan backend can be migrated; change net-conf.json and restart flannel first",
         ));
     }
-    let data = annotation("backend-data").ok_or_else(|| not_annotated("backend-data is missing"))?;
+    let name = family.backend_data();
+    let data = annotation(name).ok_or_else(|| not_annotated(&format!("{name} is missing")))?;
     let mac = serde_json::from_str::<Map<String, Value>>(data)
         .ok()
         .and_then(|data| {
@@ -72,27 +103,32 @@ pub fn flannel_node(node: &NodeFacts, prefix: &str, network: IpNet) -> Result<Fl
         .filter(|mac| {
             mac.split(':').filter(|byte| byte.len() == 2 && u8::from_str_radix(byte, 16).is_ok()).count() == 6
         })
-        .ok_or_else(|| not_annotated(&format!("backend-data holds no VtepMAC: {data}")))?;
-    let public = annotation("public-ip").ok_or_else(|| not_annotated("public-ip is missing"))?;
-    let public = public
-        .split('/')
-        .next()
-        .and_then(|address| address.parse().ok())
-        .ok_or_else(|| not_annotated(&format!("public-ip is no IPv4 address: {public}")))?;
-    Ok(FlannelNode { network: own.trunc(), tunnel: own.network(), mac, public })
+        .ok_or_else(|| not_annotated(&format!("{name} holds no VtepMAC: {data}")))?;
+    let name = family.public_address();
+    let text = annotation(name).ok_or_else(|| not_annotated(&format!("{name} is missing")))?;
+    let public = public_address(node, prefix, family)
+        .ok_or_else(|| not_annotated(&format!("{name} is no {} address: {text}", family.as_str())))?;
+    Ok(Vtep::new(own, mac, public))
 }
 
 /// The address that flannel announced for a node.
 #[must_use]
-pub fn public_address(node: &NodeFacts, prefix: &str) -> Option<Ipv4Addr> {
-    node.annotations.get(&format!("{prefix}/public-ip"))?.split('/').next()?.parse().ok()
+pub fn public_address(node: &NodeFacts, prefix: &str, family: Family) -> Option<IpAddr> {
+    let text = node.annotations.get(&format!("{prefix}/{}", family.public_address()))?;
+    let address = text.split('/').next()?.parse().ok()?;
+    (Family::of(address) == family).then_some(address)
 }
 
-/// A node that never had flannel: what Calico will be there. The MAC address is made from the name, as Felix makes it: locally
+/// A node that never had flannel: what Calico will be there. The MAC addresses are made from the name, as Felix makes them: locally
 /// administered, and the same at each try.
-pub fn joined_node(node: &NodeFacts, network: IpNet) -> Result<FlannelNode, Finding> {
+pub fn joined_node(node: &NodeFacts, networks: &[IpNet]) -> Result<FlannelNode, Finding> {
+    networks.iter().map(|network| joined(node, network)).collect()
+}
+
+fn joined(node: &NodeFacts, network: &IpNet) -> Result<Vtep, Finding> {
     use sha2::Digest as _;
-    let missing = |what: &str| {
+    let family = Family::of_net(network);
+    let missing = |what: String| {
         Finding::blocking(
             "JoinedNodeIncomplete",
             format!("Node {}", node.name),
@@ -100,32 +136,33 @@ pub fn joined_node(node: &NodeFacts, network: IpNet) -> Result<FlannelNode, Find
             "It is looked at again when the node changes",
         )
     };
-    let own = node
-        .pod_cidrs
-        .iter()
-        .copied()
-        .find(|cidr| network.contains(cidr))
-        .ok_or_else(|| missing("it has no podCIDR in flannel's network"))?;
-    let public = node.address.ok_or_else(|| missing("it has no IPv4 InternalIP"))?;
-    let hash = sha2::Sha256::digest(node.name.as_bytes());
+    let own = node.pod_cidrs.iter().copied().find(|cidr| network.contains(cidr));
+    let own =
+        own.ok_or_else(|| missing(format!("it has no podCIDR in flannel's {} network", family.as_str())))?;
+    let public = node
+        .address_of(family)
+        .ok_or_else(|| missing(format!("it has no {} InternalIP", family.as_str())))?;
+    // Two devices of a node must not be taken for one.
+    let seed = match family {
+        Family::V4 => node.name.clone(),
+        Family::V6 => format!("{}-v6", node.name),
+    };
+    let hash = sha2::Sha256::digest(seed.as_bytes());
     let mac = hash.iter().take(5).fold("66".to_owned(), |mac, byte| format!("{mac}:{byte:02x}"));
-    Ok(FlannelNode { network: own.trunc(), tunnel: own.network(), mac, public })
+    Ok(Vtep::new(own, mac, public))
 }
 
 /// A node as flannel announces it to its peers.
 #[must_use]
 pub fn flannel_annotations(node: &FlannelNode, settings: &Settings) -> Map<String, Value> {
     let prefix = &settings.flannel.annotation_prefix;
-    let data = json!({ "VNI": settings.flannel_facts.vni, "VtepMAC": node.mac }).to_string();
-    [
-        ("backend-type", "vxlan".to_owned()),
-        ("backend-data", data),
-        ("public-ip", node.public.to_string()),
-        ("kube-subnet-manager", "true".to_owned()),
-    ]
-    .into_iter()
-    .map(|(name, value)| (format!("{prefix}/{name}"), value.into()))
-    .collect()
+    let mut words = vec![("backend-type", "vxlan".to_owned()), ("kube-subnet-manager", "true".to_owned())];
+    for vtep in node {
+        let data = json!({ "VNI": settings.flannel_facts.vni, "VtepMAC": vtep.mac }).to_string();
+        words.push((vtep.family().backend_data(), data));
+        words.push((vtep.family().public_address(), vtep.public.to_string()));
+    }
+    words.into_iter().map(|(name, value)| (format!("{prefix}/{name}"), value.into())).collect()
 }
 
 /// What a node's annotations must become; empty when they are so.
@@ -133,17 +170,21 @@ pub fn flannel_annotations(node: &FlannelNode, settings: &Settings) -> Map<Strin
 pub fn annotation_changes(node: &NodeFacts, flannel: &FlannelNode) -> Map<String, Value> {
     let now = |key: &str| node.annotations.get(key).map(String::as_str);
     let mut changes = Map::new();
-    let tunnel = flannel.tunnel.to_string();
-    if now(names::TUNNEL_ADDRESS) != Some(&tunnel) {
-        changes.insert(names::TUNNEL_ADDRESS.to_owned(), tunnel.into());
-    }
-    if now(names::TUNNEL_MAC) != Some(&flannel.mac) {
-        changes.insert(names::TUNNEL_MAC.to_owned(), flannel.mac.clone().into());
-    }
-    // Calico detects the prefix length itself later; the address is what counts.
-    let public = flannel.public.to_string();
-    if now(names::NODE_ADDRESS).and_then(|address| address.split('/').next()) != Some(&public) {
-        changes.insert(names::NODE_ADDRESS.to_owned(), format!("{public}/32").into());
+    for vtep in flannel {
+        let family = vtep.family();
+        let tunnel = vtep.tunnel.to_string();
+        if now(family.tunnel_address()) != Some(&tunnel) {
+            changes.insert(family.tunnel_address().to_owned(), tunnel.into());
+        }
+        if now(family.tunnel_mac()) != Some(&vtep.mac) {
+            changes.insert(family.tunnel_mac().to_owned(), vtep.mac.clone().into());
+        }
+        // Calico detects the prefix length itself later; the address is what counts.
+        let address = now(family.node_address()).and_then(|address| address.split('/').next());
+        if address.and_then(|address| address.parse().ok()) != Some(vtep.public) {
+            let host = IpNet::from(vtep.public);
+            changes.insert(family.node_address().to_owned(), host.to_string().into());
+        }
     }
     changes
 }

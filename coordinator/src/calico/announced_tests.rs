@@ -18,16 +18,51 @@ const ANNOTATED: [(&str, &str); 3] = [
     ("f/public-ip", "172.16.0.1"),
 ];
 
-fn network() -> IpNet {
-    "10.244.0.0/16".parse().unwrap()
+fn network() -> [IpNet; 1] {
+    ["10.244.0.0/16".parse().unwrap()]
+}
+
+fn networks() -> [IpNet; 2] {
+    ["10.244.0.0/16".parse().unwrap(), "fd00:10:244::/56".parse().unwrap()]
+}
+
+fn dual_stack() -> NodeFacts {
+    let mut node = node(&ANNOTATED);
+    node.pod_cidrs.push("fd00:10:244:1::/64".parse().unwrap());
+    node.annotations.insert("f/backend-v6-data".into(), r#"{"VNI":1,"VtepMAC":"8e:74:9a:30:26:01"}"#.into());
+    node.annotations.insert("f/public-ipv6".into(), "fd00:172::1".into());
+    node
 }
 
 #[test]
 fn a_node_is_what_flannel_says() {
-    let flannel = flannel_node(&node(&ANNOTATED), "f", network()).unwrap();
-    assert_eq!(flannel.tunnel.to_string(), "10.244.1.0");
-    assert_eq!(flannel.mac, "8e:74:9a:30:24:01");
-    assert_eq!(flannel.public, Ipv4Addr::new(172, 16, 0, 1));
+    let flannel = flannel_node(&dual_stack(), "f", &networks()).unwrap();
+    let [v4, v6] = &flannel[..] else { panic!("{flannel:?}") };
+    assert_eq!(v4.tunnel.to_string(), "10.244.1.0");
+    assert_eq!(v4.mac, "8e:74:9a:30:24:01");
+    assert_eq!(v4.public, IpAddr::from([172, 16, 0, 1]));
+    assert_eq!((v6.tunnel.to_string().as_str(), v6.mac.as_str()), ("fd00:10:244:1::", "8e:74:9a:30:26:01"));
+    assert_eq!(v6.public.to_string(), "fd00:172::1");
+    // In whichever order Kubernetes names its networks.
+    let mut turned = dual_stack();
+    turned.pod_cidrs.reverse();
+    assert_eq!(flannel_node(&turned, "f", &networks()).unwrap(), flannel);
+    assert_eq!(flannel_node(&dual_stack(), "f", &network()).unwrap().len(), 1, "without IPv6 nobody asks");
+}
+
+#[test]
+fn what_is_wrong_in_both_families_is_told_at_once_and_what_is_shared_once() {
+    let mut node = dual_stack();
+    node.annotations.insert("f/public-ip".into(), "fd00:172::1".into());
+    node.annotations.remove("f/backend-v6-data");
+    let found = flannel_node(&node, "f", &networks()).unwrap_err();
+    let told: Vec<&str> = found.iter().map(|finding| finding.found.as_str()).collect();
+    assert_eq!(
+        told,
+        ["annotation f/public-ip is no IPv4 address: fd00:172::1", "annotation f/backend-v6-data is missing"]
+    );
+    node.annotations.insert("f/backend-type".into(), "host-gw".into());
+    assert_eq!(flannel_node(&node, "f", &networks()).unwrap_err().len(), 1);
 }
 
 #[test]
@@ -41,32 +76,37 @@ fn a_node_without_usable_annotations_is_a_finding() {
     ] {
         let mut node = node(&ANNOTATED);
         node.annotations.insert(key.into(), value.into());
-        assert_eq!(flannel_node(&node, "f", network()).unwrap_err().reason, reason, "{key}={value}");
+        assert_eq!(flannel_node(&node, "f", &network()).unwrap_err()[0].reason, reason, "{key}={value}");
         node.annotations.remove(key);
-        assert!(flannel_node(&node, "f", network()).is_err());
+        assert!(flannel_node(&node, "f", &network()).is_err());
     }
-    let outside = flannel_node(&node(&ANNOTATED), "f", "10.245.0.0/16".parse().unwrap()).unwrap_err();
-    assert_eq!(outside.reason, "PodCidrOutsideNetwork");
+    let outside = flannel_node(&node(&ANNOTATED), "f", &["10.245.0.0/16".parse().unwrap()]).unwrap_err();
+    assert_eq!(outside[0].reason, "PodCidrOutsideNetwork");
 }
 
 #[test]
 fn a_node_that_joined_is_announced_so_that_flannels_own_words_lead_back_to_it() {
     let mut joined = node(&[]);
-    joined.address = Some(Ipv4Addr::new(172, 16, 0, 9));
-    let made = joined_node(&joined, network()).unwrap();
+    joined.pod_cidrs.push("fd00:10:244:1::/64".parse().unwrap());
+    joined.addresses = vec![[172, 16, 0, 9].into()];
+    assert_eq!(joined_node(&joined, &networks()).unwrap_err().reason, "JoinedNodeIncomplete");
+    assert_eq!(joined_node(&joined, &network()).unwrap().len(), 1);
+    joined.addresses.push("fd00:172::9".parse().unwrap());
+    let made = joined_node(&joined, &networks()).unwrap();
+    assert_ne!(made[0].mac, made[1].mac);
     let mut settings = crate::settings::tests::settings();
     settings.flannel.annotation_prefix = "f".into();
     let announced = flannel_annotations(&made, &settings);
     joined
         .annotations
         .extend(announced.into_iter().map(|(key, value)| (key, value.as_str().unwrap().to_owned())));
-    assert_eq!(flannel_node(&joined, "f", network()), Ok(made));
+    assert_eq!(flannel_node(&joined, "f", &networks()), Ok(made));
 }
 
 #[test]
 fn annotations_that_are_right_are_not_written_again() {
-    let mut node = node(&ANNOTATED);
-    let flannel = flannel_node(&node, "f", network()).unwrap();
+    let mut node = dual_stack();
+    let flannel = flannel_node(&node, "f", &networks()).unwrap();
     let changes = annotation_changes(&node, &flannel);
     assert_eq!(
         Value::from(changes.clone()),
@@ -74,19 +114,22 @@ fn annotations_that_are_right_are_not_written_again() {
             "projectcalico.org/IPv4Address": "172.16.0.1/32",
             "projectcalico.org/IPv4VXLANTunnelAddr": "10.244.1.0",
             "projectcalico.org/VXLANTunnelMACAddr": "8e:74:9a:30:24:01",
+            "projectcalico.org/IPv6Address": "fd00:172::1/128",
+            "projectcalico.org/IPv6VXLANTunnelAddr": "fd00:10:244:1::",
+            "projectcalico.org/VXLANTunnelMACAddrV6": "8e:74:9a:30:26:01",
         })
     );
     node.annotations
         .extend(changes.into_iter().map(|(key, value)| (key, value.as_str().unwrap().to_owned())));
     assert!(annotation_changes(&node, &flannel).is_empty());
-    node.annotations.insert(names::NODE_ADDRESS.into(), "172.16.0.1/24".into());
+    node.annotations.insert(Family::V4.node_address().into(), "172.16.0.1/24".into());
     assert!(annotation_changes(&node, &flannel).is_empty(), "the detected prefix length stays");
 }
 
 #[test]
 fn a_node_is_labelled_and_annotated_by_one_write_and_by_none_when_it_is_so() {
     let mut node = node(&ANNOTATED);
-    let flannel = flannel_node(&node, "f", network()).unwrap();
+    let flannel = flannel_node(&node, "f", &network()).unwrap();
     let both = patch(&node, &flannel, Some(Network::Flannel), Map::new()).unwrap();
     assert_eq!(both["metadata"]["labels"], json!({ keys::NETWORK: "flannel" }));
     assert_eq!(both["metadata"]["annotations"].as_object().unwrap().len(), 3);

@@ -7,7 +7,7 @@ use serde_json::json;
 use tracing::info;
 
 use super::names;
-use super::prepare::pool_differences;
+use super::prepare::{Pools, block_size_of, pool_differences};
 use super::types::{FelixConfiguration, FelixConfigurationSpec, IPPool, IpPoolSpec};
 use crate::api::{Result, Writer, found, post, read};
 
@@ -77,7 +77,7 @@ enum Fate {
 
 fn fate(now: &IpPoolSpec, wanted: &IpPoolSpec) -> Fate {
     let never = |mode: &Option<String>| mode.as_deref().is_none_or(|mode| mode.is_empty() || mode == "Never");
-    if now.cidr != wanted.cidr || now.block_size.unwrap_or(26) != wanted.block_size.unwrap_or(26) {
+    if now.cidr != wanted.cidr || block_size_of(now) != block_size_of(wanted) {
         Fate::Goes
     } else if pool_differences(now, wanted).is_empty() && never(&now.ipip_mode) {
         Fate::Stays
@@ -87,7 +87,8 @@ fn fate(now: &IpPoolSpec, wanted: &IpPoolSpec) -> Fate {
 }
 
 /// Makes Canal's default pool the one that is needed, or makes room for it. Only while Calico runs nowhere by itself.
-pub async fn pool(writer: &Writer, wanted: &IpPoolSpec) -> Result<()> {
+pub async fn pool(writer: &Writer, wanted: &Pools) -> Result<()> {
+    let Some(wanted) = wanted.get(names::POOL) else { return Ok(()) };
     let pools: Api<IPPool> = Api::all(writer.client.clone());
     let what = "take over Canal's pool";
     let Some(now) = found(read(what, pools.get(names::POOL)).await)? else { return Ok(()) };

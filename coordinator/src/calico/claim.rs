@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use tracing::warn;
 
 use super::block::{self, Owner};
+use super::family::Family;
 use super::ipam::{Error, Ipam, attributes};
 use super::names;
 use super::stock::{Stock, There};
@@ -32,11 +33,30 @@ impl Ipam {
         if !blocks.iter().any(|cidr| cidr.contains(&tunnel)) {
             return Err(Error::NoBlock { address: tunnel, node: node.to_owned() });
         }
+        self.claim_each(node, blocks, Some(tunnel), stock).await
+    }
+
+    /// The same for blocks without a device: those of more addresses of pods.
+    pub async fn claim_more(&self, node: &str, blocks: &[IpNet]) -> Result<(), Error> {
+        self.claim_each(node, blocks, None, &Stock::default()).await
+    }
+
+    async fn claim_each(
+        &self,
+        node: &str,
+        blocks: &[IpNet],
+        tunnel: Option<IpAddr>,
+        stock: &Stock,
+    ) -> Result<(), Error> {
         for cidr in blocks {
-            let device = cidr.contains(&tunnel).then(|| (tunnel, device(node)));
+            let tunnel = tunnel.filter(|tunnel| cidr.contains(tunnel));
+            let device = tunnel.map(|tunnel| (tunnel, device(node, Family::of(tunnel))));
             match stock.of_block(node, cidr, device.is_some()) {
                 There::AsNeeded => {}
-                there => self.block(node, cidr, device, there, stock.of_handle(node)).await?,
+                there => {
+                    let handle = stock.of_handle(node, Family::of_net(cidr));
+                    self.block(node, cidr, device, there, handle).await?;
+                }
             }
             match stock.of_affinity(node, cidr) {
                 There::AsNeeded => {}
@@ -117,7 +137,7 @@ impl Ipam {
                         ..BlockAffinitySpec::default()
                     };
                     let mut affinity = BlockAffinity::new(&name, spec);
-                    affinity.metadata.labels = Some(names::affinity_labels(node));
+                    affinity.metadata.labels = Some(names::affinity_labels(node, Family::of_net(cidr)));
                     let post = post();
                     let create = self.affinities.create(&post, &affinity);
                     self.writer.write(what.as_str(), create).await.map(|_| true)
@@ -146,9 +166,9 @@ impl Ipam {
     /// Takes a block back that [`Ipam::claim`] made and nobody uses any more, with the address of the VXLAN device in it.
     pub async fn disclaim(&self, node: &str, cidr: &IpNet) -> Result<(), Error> {
         let what = format!("take block {cidr} of node {node} back");
+        let tunnel = names::tunnel_handle(node, Family::of_net(cidr));
         if let Some(block) = found(read(what.as_str(), self.blocks.get(&names::block(cidr))).await)? {
             let ours = block.spec.affinity.as_deref() == Some(&block::affinity(node));
-            let tunnel = names::tunnel_handle(node);
             let handles = block.spec.attributes.iter().map(|attributes| attributes.handle_id.as_deref());
             if !ours || handles.into_iter().any(|handle| handle != Some(&tunnel)) {
                 warn!(node, block = %cidr, "in use by others; left alone");
@@ -156,7 +176,7 @@ impl Ipam {
             }
             self.remove(&what, &self.blocks, &block).await?;
         }
-        self.handle(&names::tunnel_handle(node), cidr, 0, There::Perhaps).await?;
+        self.handle(&tunnel, cidr, 0, There::Perhaps).await?;
         if let Some(affinity) =
             found(read(what.as_str(), self.affinities.get(&names::affinity(node, cidr))).await)?
         {
@@ -170,9 +190,9 @@ impl Ipam {
 pub(super) const CONFIRMED: &str = "confirmed";
 
 /// Whose the address of the VXLAN device of `node` is.
-fn device(node: &str) -> Owner {
-    let secondary = attributes(&[("node", node), ("type", "vxlanTunnelAddress")]);
-    Owner { handle: names::tunnel_handle(node), secondary }
+fn device(node: &str, family: Family) -> Owner {
+    let secondary = attributes(&[("node", node), ("type", family.tunnel_type())]);
+    Owner { handle: names::tunnel_handle(node, family), secondary }
 }
 
 #[cfg(test)]

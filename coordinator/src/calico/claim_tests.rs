@@ -132,8 +132,12 @@ impl Api {
     }
 }
 
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
 fn blocks() -> Vec<IpNet> {
-    names::blocks(&"10.0.0.0/24".parse().unwrap(), 26)
+    net("10.0.0.0/24").subnets(26).unwrap().collect()
 }
 
 fn counts(counts: &[(&str, usize)]) -> BTreeMap<String, usize> {
@@ -236,7 +240,7 @@ async fn addresses_taken_over_are_one_write_of_their_block_and_one_handle_each()
     assert_eq!(api.specs(), registered);
     api.ipam().release_kept().await.unwrap();
     assert_eq!(api.calls().0, counts(&[("delete ipamhandles", 1), ("put ipamblocks", 1)]));
-    assert_eq!(api.ipam().release_pods("a", &blocks()).await.unwrap(), 3);
+    assert_eq!(api.ipam().release_pods("a", &[net("10.0.0.0/24")], &blocks()).await.unwrap(), 3);
     assert_eq!(api.calls().0, counts(&[("delete ipamhandles", 3), ("put ipamblocks", 2)]));
     let sorted = |mut specs: BTreeMap<String, Value>| {
         for spec in specs.values_mut().filter_map(|spec| spec["unallocated"].as_array_mut()) {
@@ -247,6 +251,49 @@ async fn addresses_taken_over_are_one_write_of_their_block_and_one_handle_each()
     assert_eq!(sorted(api.specs()), sorted(free));
     for block in &blocks() {
         api.ipam().disclaim("a", block).await.unwrap();
+    }
+    assert!(api.specs().is_empty());
+}
+
+#[tokio::test]
+async fn of_ipv6_a_node_gets_a_device_of_its_own_and_more_blocks_when_its_pods_need_them() {
+    let api = Api::default();
+    let (share, ipam) = (net("fd00:0:0:1::/64"), api.ipam());
+    let blocks: Vec<IpNet> = ["fd00:0:0:1::/122", "fd00:0:0:1::40/122"].map(net).into();
+    let stock = Stock::read(&api.client()).await.unwrap();
+    ipam.claim("a", &blocks, "fd00:0:0:1::".parse().unwrap(), &stock).await.unwrap();
+    let once = [("post blockaffinities", 2), ("post ipamblocks", 2), ("post ipamhandles", 1)];
+    assert_eq!(api.calls(), (counts(&once), 0));
+    let specs = api.specs();
+    let device = &specs["ipamblocks/fd00-0-0-1---122"]["attributes"][0];
+    assert_eq!(device["handle_id"], "vxlan-v6-tunnel-addr-a");
+    assert_eq!(device["secondary"], json!({ "node": "a", "type": "vxlanV6TunnelAddress" }));
+    {
+        let server = api.0.lock().unwrap();
+        let labels = &server.objects["blockaffinities/a-fd00-0-0-1---122"]["metadata"]["labels"];
+        assert_eq!(labels["projectcalico.org/ip-version"], "6");
+    }
+
+    let far = [net("fd00:0:0:1::1000/122")];
+    ipam.claim_more("a", &[blocks.clone(), far.to_vec()].concat()).await.unwrap();
+    assert_eq!(api.calls().0, counts(&[("post blockaffinities", 1), ("post ipamblocks", 1)]));
+    let before = api.specs();
+    let pod = Adopted {
+        sandbox: "s".into(),
+        ip: vec!["fd00:0:0:1::1003".parse().unwrap()],
+        namespace: "default".into(),
+        pod: "p".into(),
+        uid: String::new(),
+    };
+    ipam.register("a", &far, std::slice::from_ref(&pod), &[]).await.unwrap();
+    api.calls();
+    // The block isn't among those that are looked at in any case: the handle names it.
+    let released = ipam.release_pods("a", &[share], &blocks).await.unwrap();
+    assert_eq!((released, api.calls().0), (1, counts(&[("delete ipamhandles", 1), ("put ipamblocks", 1)])));
+    assert_eq!(api.specs().len(), before.len());
+    let stock = Stock::read(&api.client()).await.unwrap();
+    for block in &stock.by_node(&[net("fd00::/48")])["a"] {
+        ipam.disclaim("a", block).await.unwrap();
     }
     assert!(api.specs().is_empty());
 }

@@ -7,6 +7,8 @@ use ipnet::IpNet;
 use sha2::Sha256;
 use sha3::{Digest as _, Sha3_256};
 
+use super::family::Family;
+
 /// The pool that the flannel network becomes; Calico's own migration takes the same.
 pub const POOL: &str = "default-ipv4-ippool";
 /// Felix's cluster-wide configuration.
@@ -25,6 +27,12 @@ pub const TUNNEL_ADDRESS: &str = "projectcalico.org/IPv4VXLANTunnelAddr";
 pub const TUNNEL_MAC: &str = "projectcalico.org/VXLANTunnelMACAddr";
 /// Node annotation: the node's own address with prefix length.
 pub const NODE_ADDRESS: &str = "projectcalico.org/IPv4Address";
+/// Node annotation: address of the VXLAN device for IPv6.
+pub const TUNNEL_ADDRESS_V6: &str = "projectcalico.org/IPv6VXLANTunnelAddr";
+/// Node annotation: MAC address of the VXLAN device for IPv6.
+pub const TUNNEL_MAC_V6: &str = "projectcalico.org/VXLANTunnelMACAddrV6";
+/// Node annotation: the node's own IPv6 address with prefix length.
+pub const NODE_ADDRESS_V6: &str = "projectcalico.org/IPv6Address";
 
 /// Longest name of an object that Calico shortens to.
 const LONGEST: usize = 253;
@@ -50,24 +58,21 @@ pub fn affinity(node: &str, cidr: &IpNet) -> String {
 
 /// An affinity's labels; without them it is invisible to listing by host in Calico 3.31 and later.
 #[must_use]
-pub fn affinity_labels(node: &str) -> BTreeMap<String, String> {
+pub fn affinity_labels(node: &str, family: Family) -> BTreeMap<String, String> {
     [
         ("projectcalico.org/hostname-hash", BASE32_NOPAD.encode(&Sha3_256::digest(node))),
         ("projectcalico.org/affinity-type", "host".to_owned()),
-        ("projectcalico.org/ip-version", "4".to_owned()),
+        ("projectcalico.org/ip-version", family.number().to_owned()),
     ]
     .into_iter()
     .map(|(key, value)| (key.to_owned(), value))
     .collect()
 }
 
-/// Beginning of the handles of VXLAN devices.
-pub const TUNNEL: &str = "vxlan-tunnel-addr-";
-
 /// The handle of a node's VXLAN device.
 #[must_use]
-pub fn tunnel_handle(node: &str) -> String {
-    format!("{TUNNEL}{node}")
+pub fn tunnel_handle(node: &str, family: Family) -> String {
+    format!("{}{node}", family.tunnel())
 }
 
 /// Beginning of the handles of addresses that nodes keep for themselves.
@@ -91,12 +96,6 @@ pub fn handle(handle_id: &str) -> String {
     handle_id.to_lowercase()
 }
 
-/// The blocks that cover a node's network exactly; none if it is smaller than a block.
-#[must_use]
-pub fn blocks(network: &IpNet, block_size: u8) -> Vec<IpNet> {
-    network.subnets(block_size).map(Iterator::collect).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,8 +108,11 @@ mod tests {
     fn names_are_calicos() {
         assert_eq!(block(&net("10.244.1.0/26")), "10-244-1-0-26");
         assert_eq!(affinity("node1", &net("10.244.1.0/26")), "node1-10-244-1-0-26");
-        assert_eq!(tunnel_handle("node1"), "vxlan-tunnel-addr-node1");
+        assert_eq!(tunnel_handle("node1", Family::V4), "vxlan-tunnel-addr-node1");
         assert_eq!(pod_handle("abc"), "k8s-pod-network.abc");
+        assert_eq!(block(&net("fd00:10:244:1::40/122")), "fd00-10-244-1--40-122");
+        assert_eq!(affinity("node1", &net("fd00:10:244:1::/122")), "node1-fd00-10-244-1---122");
+        assert_eq!(tunnel_handle("node1", Family::V6), "vxlan-v6-tunnel-addr-node1");
     }
 
     #[test]
@@ -128,15 +130,7 @@ mod tests {
             ("node-0", "SGWB6YWABUSNFPFRM7CZD2XU3T5P2F6DNTULOHS3NX7DUIB4C6UQ"),
             ("kind-worker", "IBVBROKXJCMHPK3CZI3D3PWK642IN433QZEAMKIO7Z4KRA4BKK3Q"),
         ] {
-            assert_eq!(affinity_labels(node)["projectcalico.org/hostname-hash"], hash);
+            assert_eq!(affinity_labels(node, Family::V4)["projectcalico.org/hostname-hash"], hash);
         }
-    }
-
-    #[test]
-    fn blocks_cover_the_nodes_network_exactly() {
-        let covered: Vec<_> = blocks(&net("10.244.1.0/24"), 26).iter().map(ToString::to_string).collect();
-        assert_eq!(covered, ["10.244.1.0/26", "10.244.1.64/26", "10.244.1.128/26", "10.244.1.192/26"]);
-        assert_eq!(blocks(&net("10.244.1.0/27"), 27).len(), 1);
-        assert!(blocks(&net("10.244.1.0/27"), 26).is_empty());
     }
 }

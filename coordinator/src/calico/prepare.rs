@@ -1,6 +1,9 @@
 //! Calico's configuration for a cluster that flannel runs: the pool, Felix, and for each node its blocks, its tunnel address and its
 //! annotations. Nothing is written that is so already.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
 use flannel_migration_protocol::Network;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -10,7 +13,9 @@ use serde_json::{Map, Value, json};
 use tracing::{debug, info};
 
 use super::announced::{self, FlannelNode};
+use super::family::Family;
 use super::ipam::{self, Ipam};
+use super::layout::Layout;
 use super::names;
 use super::stock::Stock;
 use super::types::{FelixConfiguration, FelixConfigurationSpec, IPPool, IpPoolSpec};
@@ -51,7 +56,10 @@ impl Error {
     }
 }
 
-/// The pool that the flannel network becomes.
+/// The pools that are wanted, by name.
+pub type Pools = BTreeMap<&'static str, IpPoolSpec>;
+
+/// The pool that a network of flannel's becomes.
 #[must_use]
 pub fn pool(network: IpNet, block_size: u8, ip_masq: bool) -> IpPoolSpec {
     IpPoolSpec {
@@ -68,6 +76,13 @@ pub fn pool(network: IpNet, block_size: u8, ip_masq: bool) -> IpPoolSpec {
     }
 }
 
+/// Length of a pool's blocks.
+#[must_use]
+pub fn block_size_of(pool: &IpPoolSpec) -> u8 {
+    let family = pool.cidr.parse().map_or(Family::V4, |cidr| Family::of_net(&cidr));
+    pool.block_size.unwrap_or(family.block_size())
+}
+
 /// What makes an existing pool unusable.
 #[must_use]
 pub fn pool_differences(now: &IpPoolSpec, wanted: &IpPoolSpec) -> Vec<String> {
@@ -76,11 +91,7 @@ pub fn pool_differences(now: &IpPoolSpec, wanted: &IpPoolSpec) -> Vec<String> {
     };
     [
         differs("cidr", now.cidr.clone(), wanted.cidr.clone()),
-        differs(
-            "blockSize",
-            now.block_size.unwrap_or(26).to_string(),
-            wanted.block_size.unwrap_or(26).to_string(),
-        ),
+        differs("blockSize", block_size_of(now).to_string(), block_size_of(wanted).to_string()),
         differs(
             "natOutgoing",
             now.nat_outgoing.unwrap_or(false).to_string(),
@@ -124,20 +135,24 @@ pub fn felix_changes(now: &FelixConfigurationSpec, settings: &Settings) -> Map<S
 pub async fn cluster(
     writer: &Writer,
     settings: &Settings,
-    wanted: &IpPoolSpec,
+    wanted: &Pools,
     in_use: bool,
 ) -> Result<(), Error> {
     let pools: Api<IPPool> = Api::all(writer.client.clone());
-    for pool in read("list Calico's pools", pools.list(&ListParams::default())).await?.items {
-        if let Some(finding) = pool_finding(&pool.name_any(), &pool.spec, wanted) {
+    let there = read("list Calico's pools", pools.list(&ListParams::default())).await?.items;
+    for pool in &there {
+        if let Some(finding) = pool_finding(&pool.name_any(), &pool.spec, wanted).into_iter().next() {
             return Err(Error::Contradiction(finding));
         }
     }
-    if found(read("read Calico's pool", pools.get(names::POOL)).await)?.is_none() {
-        let pool = IPPool::new(names::POOL, wanted.clone());
+    for (name, spec) in wanted {
+        if there.iter().any(|pool| pool.name_any() == *name) {
+            continue;
+        }
+        let pool = IPPool::new(name, spec.clone());
         let created = writer.write("create Calico's pool", pools.create(&post(), &pool)).await;
         if created.is_ok() {
-            info!(step = "pool", pool = names::POOL, cidr = wanted.cidr, "Calico's pool made");
+            info!(step = "pool", pool = name, cidr = spec.cidr, "Calico's pool made");
         }
         tolerate_existing(created)?;
     }
@@ -145,13 +160,13 @@ pub async fn cluster(
     veth_mtu(writer, settings).await
 }
 
-/// What makes a pool that is there stand in the way of the one that is wanted.
+/// What makes a pool that is there stand in the way of those that are wanted.
 #[must_use]
-pub fn pool_finding(name: &str, pool: &IpPoolSpec, wanted: &IpPoolSpec) -> Option<Finding> {
+pub fn pool_finding(name: &str, pool: &IpPoolSpec, wanted: &Pools) -> Vec<Finding> {
     let object = format!("IPPool {name}");
-    if name == names::POOL {
+    if let Some(wanted) = wanted.get(name) {
         let differences = pool_differences(pool, wanted);
-        return (!differences.is_empty()).then(|| {
+        let differs = (!differences.is_empty()).then(|| {
             Finding::fatal(
                 "PoolDiffers",
                 object,
@@ -159,16 +174,20 @@ pub fn pool_finding(name: &str, pool: &IpPoolSpec, wanted: &IpPoolSpec) -> Optio
                 "Delete the pool if nothing uses it (calicoctl delete ippool), or correct it",
             )
         });
+        return differs.into_iter().collect();
     }
-    let (now, ours) = (pool.cidr.parse::<IpNet>().ok()?, wanted.cidr.parse::<IpNet>().ok()?);
-    (now.contains(&ours) || ours.contains(&now)).then(|| {
+    let Ok(now) = pool.cidr.parse::<IpNet>() else { return Vec::new() };
+    let networks = wanted.values().filter_map(|wanted| wanted.cidr.parse::<IpNet>().ok());
+    let overlapped = networks.filter(|ours| now.contains(ours) || ours.contains(&now));
+    let overlaps = |ours| {
         Finding::fatal(
             "PoolOverlaps",
-            object,
+            object.clone(),
             format!("its network {now} overlaps flannel's network {ours}"),
             "Delete the pool if nothing uses it (calicoctl delete ippool)",
         )
-    })
+    };
+    overlapped.map(overlaps).collect()
 }
 
 /// What must not be changed any more in Felix's configuration, because Calico runs with it.
@@ -245,17 +264,22 @@ async fn veth_mtu(writer: &Writer, settings: &Settings) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives a node that Calico doesn't run on yet its blocks and the address of its VXLAN device.
+/// Gives a node that Calico doesn't run on yet its blocks, those of its pods' addresses among them, and the addresses of its VXLAN
+/// devices.
 pub async fn blocks(
     writer: &Writer,
     node: &str,
     flannel: &FlannelNode,
-    block_size: u8,
+    (layout, addresses): (&Layout, &BTreeSet<IpAddr>),
     stock: &Stock,
 ) -> Result<(), Error> {
-    let blocks = names::blocks(&flannel.network, block_size);
-    let claimed = Ipam::new(writer.clone()).claim(node, &blocks, flannel.tunnel, stock).await;
-    claimed.map_err(|source| Error::Ipam { node: node.to_owned(), source })
+    let ipam = Ipam::new(writer.clone());
+    for vtep in flannel {
+        let blocks = layout.blocks(&[vtep.network], addresses);
+        let claimed = ipam.claim(node, &blocks, vtep.tunnel, stock).await;
+        claimed.map_err(|source| Error::Ipam { node: node.to_owned(), source })?;
+    }
+    Ok(())
 }
 
 /// Prepares one node that flannel runs. Its label and its annotations are one write, after its blocks: from then on Calico leaves these
@@ -264,10 +288,10 @@ pub async fn node(
     writer: &Writer,
     facts: &NodeFacts,
     flannel: &FlannelNode,
-    block_size: u8,
+    needs: (&Layout, &BTreeSet<IpAddr>),
     stock: &Stock,
 ) -> Result<Option<NodeFacts>, Error> {
-    blocks(writer, &facts.name, flannel, block_size, stock).await?;
+    blocks(writer, &facts.name, flannel, needs, stock).await?;
     let label = facts.view.network.is_absent().then_some(Network::Flannel);
     let Some(patch) = announced::patch(facts, flannel, label, Map::new()) else { return Ok(None) };
     let nodes: Api<Node> = Api::all(writer.client.clone());
@@ -275,7 +299,8 @@ pub async fn node(
     // can't starve it.
     let what = format!("prepare node {}", facts.name);
     let written = api::found(writer.merge(what, &nodes, &facts.name, &patch).await)?;
-    info!(node = facts.name, step = "prepare", tunnel = %flannel.tunnel, "node prepared for Calico");
+    let tunnels: Vec<String> = flannel.iter().map(|vtep| vtep.tunnel.to_string()).collect();
+    info!(node = facts.name, step = "prepare", tunnel = tunnels.join(","), "node prepared for Calico");
     Ok(written.as_ref().map(NodeFacts::from))
 }
 

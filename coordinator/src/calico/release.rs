@@ -1,5 +1,7 @@
 //! Giving addresses back to Calico.
 
+use std::collections::BTreeSet;
+
 use ipnet::IpNet;
 use serde::Deserialize;
 use tracing::warn;
@@ -12,23 +14,32 @@ use crate::api::{CONFLICT_RETRIES, found, post, read};
 use crate::pages;
 
 impl Ipam {
-    /// Takes back all addresses of pods, and those kept, of a node that isn't Calico's any more; how many. The blocks stay the node's.
-    pub async fn release_pods(&self, node: &str, blocks: &[IpNet]) -> Result<usize, Error> {
+    /// Takes back all addresses of pods, and those kept, in the `shares` of a node that isn't Calico's any more; how many. The blocks stay
+    /// the node's.
+    ///
+    /// `blocks` are looked at in any case, and all that handles name. These are written before blocks and taken back after, so that they
+    /// name every block that holds an address.
+    pub async fn release_pods(&self, node: &str, shares: &[IpNet], blocks: &[IpNet]) -> Result<usize, Error> {
         let is_pod = |handle: &str| {
             handle.starts_with(&format!("{}.", names::CNI_NETWORK)) || handle == names::kept_handle(node)
         };
+        let within = |text: &String| {
+            let cidr = text.parse::<IpNet>().ok();
+            cidr.filter(|cidr| shares.iter().any(|share| share.contains(cidr)))
+        };
+        let theirs = |handle: &IpamHandleSpec| {
+            is_pod(&handle.handle_id) && handle.block.keys().any(|cidr| within(cidr).is_some())
+        };
+        let handles = self.handles_that(theirs).await?;
+        let named = handles.iter().flat_map(|handle| handle.block.keys().filter_map(within));
+        let blocks: BTreeSet<IpNet> = named.chain(blocks.iter().copied()).collect();
         let mut released = 0;
-        for cidr in blocks {
+        for cidr in &blocks {
             released += self.release_in(cidr, Some(node), is_pod).await?;
         }
-        // All handles, not only those just released: an earlier try may have ended between block and handle.
-        let here: Vec<String> = blocks.iter().map(ToString::to_string).collect();
-        let theirs = |handle: &IpamHandleSpec| {
-            is_pod(&handle.handle_id) && here.iter().any(|cidr| handle.block.contains_key(cidr))
-        };
-        for handle in self.handles_that(theirs).await? {
-            for cidr in blocks.iter().filter(|cidr| handle.block.contains_key(&cidr.to_string())) {
-                self.handle(&handle.handle_id, cidr, 0, There::Perhaps).await?;
+        for handle in &handles {
+            for cidr in handle.block.keys().filter_map(within) {
+                self.handle(&handle.handle_id, &cidr, 0, There::Perhaps).await?;
             }
         }
         Ok(released)

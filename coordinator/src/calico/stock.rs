@@ -7,6 +7,7 @@ use kube::Client;
 use serde::Deserialize;
 
 use super::claim::CONFIRMED;
+use super::family::Family;
 use super::types::{BlockAffinity, BlockAffinitySpec, IPAMBlock, IPAMHandle, IpamBlockSpec, IpamHandleSpec};
 use super::{block, names};
 use crate::api::Result;
@@ -77,13 +78,14 @@ impl Stock {
         let node = affinity.filter(|_| !spec.deleted).map(str::to_owned);
         let first = block::owner(spec, cidr.network()).ok().flatten();
         let device = node.as_deref().is_some_and(|node| {
-            first.and_then(|first| first.handle_id.as_ref()) == Some(&names::tunnel_handle(node))
+            let handle = names::tunnel_handle(node, Family::of_net(&cidr));
+            first.and_then(|first| first.handle_id.as_ref()) == Some(&handle)
         });
         self.blocks.insert(cidr, Block { node, device });
     }
 
     fn handle(&mut self, name: String, spec: &IpamHandleSpec) {
-        if !name.starts_with(names::TUNNEL) {
+        if ![Family::V4, Family::V6].iter().any(|family| name.starts_with(family.tunnel())) {
             return;
         }
         let mut blocks = spec.block.iter().filter(|_| !spec.deleted);
@@ -111,17 +113,35 @@ impl Stock {
     /// A block of `node`; with `device`, its first address must be that of the VXLAN device, and the device's handle must say so.
     #[must_use]
     pub fn of_block(&self, node: &str, cidr: &IpNet, device: bool) -> There {
-        let handle = || self.handles.get(&names::handle(&names::tunnel_handle(node))) == Some(&Some(*cidr));
+        let handle = || self.handles.get(&device_of(node, Family::of_net(cidr))) == Some(&Some(*cidr));
         self.there(self.blocks.get(cidr), |block| {
             block.node.as_deref() == Some(node) && (!device || block.device && handle())
         })
     }
 
-    /// The handle of the VXLAN device of `node`, as far as it isn't there.
+    /// The handle of a VXLAN device of `node`, as far as it isn't there.
     #[must_use]
-    pub fn of_handle(&self, node: &str) -> There {
-        self.there(self.handles.get(&names::handle(&names::tunnel_handle(node))), |_| false)
+    pub fn of_handle(&self, node: &str, family: Family) -> There {
+        self.there(self.handles.get(&device_of(node, family)), |_| false)
     }
+
+    /// The blocks of each node, as far as they are in one of these networks.
+    #[must_use]
+    pub fn by_node(&self, networks: &[IpNet]) -> BTreeMap<&str, Vec<IpNet>> {
+        let mut nodes: BTreeMap<&str, Vec<IpNet>> = BTreeMap::new();
+        for (cidr, block) in &self.blocks {
+            let within = networks.iter().any(|network| network.contains(cidr));
+            if let Some(node) = block.node.as_deref().filter(|_| within) {
+                nodes.entry(node).or_default().push(*cidr);
+            }
+        }
+        nodes
+    }
+}
+
+/// The name of the handle of a VXLAN device.
+fn device_of(node: &str, family: Family) -> String {
+    names::handle(&names::tunnel_handle(node, family))
 }
 
 #[cfg(test)]
@@ -139,7 +159,8 @@ mod tests {
 
     fn with_device(cidr: &IpNet, node: &str) -> IpamBlockSpec {
         let mut spec = block::fresh(cidr, node, 1);
-        let owner = Owner { handle: names::tunnel_handle(node), secondary: BTreeMap::new() };
+        let owner =
+            Owner { handle: names::tunnel_handle(node, Family::of_net(cidr)), secondary: BTreeMap::new() };
         block::assign(&mut spec, cidr.network(), &owner).unwrap();
         spec
     }
@@ -154,7 +175,7 @@ mod tests {
         let (stock, cidr) = (Stock::default(), net("10.0.0.0/26"));
         assert_eq!(stock.of_affinity("a", &cidr), There::Perhaps);
         assert_eq!(
-            (stock.of_block("a", &cidr, true), stock.of_handle("a")),
+            (stock.of_block("a", &cidr, true), stock.of_handle("a", Family::V4)),
             (There::Perhaps, There::Perhaps)
         );
     }
@@ -164,7 +185,10 @@ mod tests {
         let cidr = net("10.0.0.0/26");
         let mut stock = Stock { read: true, ..Stock::default() };
         assert_eq!(stock.of_affinity("a", &cidr), There::No);
-        assert_eq!((stock.of_block("a", &cidr, false), stock.of_handle("a")), (There::No, There::No));
+        assert_eq!(
+            (stock.of_block("a", &cidr, false), stock.of_handle("a", Family::V4)),
+            (There::No, There::No)
+        );
         for (state, deleted, there) in [
             ("pending", "false", There::Perhaps),
             ("confirmed", "true", There::Perhaps),
@@ -189,8 +213,27 @@ mod tests {
         ] {
             stock.handle("vxlan-tunnel-addr-a".into(), &handle(block));
             assert_eq!(stock.of_block("a", &cidr, true), there, "{block:?}");
-            assert_eq!(stock.of_handle("a"), There::Perhaps);
+            assert_eq!(stock.of_handle("a", Family::V4), There::Perhaps);
         }
         assert_eq!(stock.of_block("a", &cidr, false), There::AsNeeded);
+    }
+
+    #[test]
+    fn devices_of_both_families_have_handles_of_their_own() {
+        let (v4, v6) = (net("10.0.0.0/26"), net("fd00::/122"));
+        let mut stock = Stock { read: true, ..Stock::default() };
+        stock.block(&with_device(&v4, "a"));
+        stock.block(&with_device(&v6, "a"));
+        stock.block(&block::fresh(&net("fd00::40/122"), "b", 1));
+        stock.handle("vxlan-tunnel-addr-a".into(), &handle(&[("10.0.0.0/26", 1)]));
+        assert_eq!(stock.of_block("a", &v4, true), There::AsNeeded);
+        assert_eq!(
+            (stock.of_block("a", &v6, true), stock.of_handle("a", Family::V6)),
+            (There::Perhaps, There::No)
+        );
+        stock.handle("vxlan-v6-tunnel-addr-a".into(), &handle(&[("fd00::/122", 1)]));
+        assert_eq!(stock.of_block("a", &v6, true), There::AsNeeded);
+        let blocks = stock.by_node(&[net("fd00::/56")]);
+        assert_eq!(blocks, BTreeMap::from([("a", vec![v6]), ("b", vec![net("fd00::40/122")])]));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use flannel_migration_protocol::{NodeView, keys};
 use ipnet::IpNet;
@@ -12,6 +12,7 @@ use kube::api::ObjectMeta;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use crate::calico::family::Family;
 use crate::calico::names;
 
 /// A Node as far as it is read. Most of a real one are the images that the kubelet reports and who wrote which field: that is skipped
@@ -124,16 +125,24 @@ pub struct NodeFacts {
     pub linux: bool,
     /// Its pod networks.
     pub pod_cidrs: Vec<IpNet>,
-    /// Its own address in the cluster.
-    pub address: Option<Ipv4Addr>,
+    /// Its own addresses in the cluster.
+    pub addresses: Vec<IpAddr>,
     /// The annotations of flannel's and Calico's that are read.
     pub annotations: BTreeMap<String, String>,
 }
 
 /// The names of flannel's annotations, under whatever prefix.
-const FLANNELS: [&str; 4] = ["backend-type", "backend-data", "public-ip", SUBNET_MANAGER];
+const FLANNELS: [&str; 6] =
+    ["backend-type", "backend-data", "backend-v6-data", "public-ip", "public-ipv6", SUBNET_MANAGER];
 /// Calico's annotations.
-const CALICOS: [&str; 3] = [names::TUNNEL_ADDRESS, names::TUNNEL_MAC, names::NODE_ADDRESS];
+const CALICOS: [&str; 6] = [
+    names::TUNNEL_ADDRESS,
+    names::TUNNEL_ADDRESS_V6,
+    names::TUNNEL_MAC,
+    names::TUNNEL_MAC_V6,
+    names::NODE_ADDRESS,
+    names::NODE_ADDRESS_V6,
+];
 /// The annotation of every node in flannel's network.
 const SUBNET_MANAGER: &str = "kube-subnet-manager";
 
@@ -144,6 +153,12 @@ fn is_read(annotation: &str) -> bool {
 }
 
 impl NodeFacts {
+    /// Its own address of a family.
+    #[must_use]
+    pub fn address_of(&self, family: Family) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|address| Family::of(*address) == family)
+    }
+
     /// Whether flannel has announced it.
     #[must_use]
     pub fn in_flannels_network(&self) -> bool {
@@ -178,13 +193,14 @@ impl From<&Node> for NodeFacts {
                 .any(|role| labels.contains_key(&format!("node-role.kubernetes.io/{role}"))),
             linux: labels.get("kubernetes.io/os").is_none_or(|os| os == "linux"),
             pod_cidrs: cidrs.iter().filter_map(|cidr| cidr.parse().ok()).collect(),
-            address: node
+            addresses: node
                 .status
                 .addresses
                 .iter()
                 .flatten()
                 .filter(|address| address.kind == "InternalIP")
-                .find_map(|address| address.address.parse().ok()),
+                .filter_map(|address| address.address.parse().ok())
+                .collect(),
             annotations: annotations.map(|(key, value)| (key.clone(), value.clone())).collect(),
         }
     }
@@ -211,7 +227,8 @@ pub(super) mod tests {
             },
             "spec": { "podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00::/64"], "unschedulable": true },
             "status": {
-                "addresses": [{ "type": "Hostname", "address": name }, { "type": "InternalIP", "address": "172.16.0.1" }],
+                "addresses": [{ "type": "Hostname", "address": name }, { "type": "InternalIP", "address": "172.16.0.1" },
+                    { "type": "InternalIP", "address": "fd00:172::1" }],
                 "conditions": [{ "type": "Ready", "status": "True", "reason": "KubeletReady" }],
                 "images": [{ "names": ["busybox"], "sizeBytes": 1 }],
             },
@@ -225,7 +242,8 @@ pub(super) mod tests {
         assert_eq!((facts.name.as_str(), facts.version.as_str()), ("a", "7"));
         assert!(facts.ready && facts.unschedulable && facts.control_plane && facts.linux && !facts.migrated);
         assert_eq!(facts.pod_cidrs.len(), 2);
-        assert_eq!(facts.address, Some(Ipv4Addr::new(172, 16, 0, 1)));
+        assert_eq!(facts.address_of(Family::V4), Some([172, 16, 0, 1].into()));
+        assert_eq!(facts.address_of(Family::V6), Some("fd00:172::1".parse().unwrap()));
         assert_eq!(facts.view.state.get(), Some(&State::Flannel));
         assert!(facts.view.report.malformed().is_some());
         let kept: Vec<&String> = facts.annotations.keys().collect();

@@ -6,4 +6,5 @@ mod watched;
 
 pub use facts::{Node, NodeFacts};
 pub use nodes::{Nodes, Snapshot};
+pub(crate) use watched::pauses;
 pub use watched::{WATCH_SECONDS, Watched};

@@ -206,13 +206,13 @@ fn says_the_same(a: &NodeFacts, b: &NodeFacts) -> bool {
         control_plane,
         linux,
         pod_cidrs,
-        address,
+        addresses,
         annotations,
     } = a;
     *name == b.name
         && *view == b.view
         && (*ready, *migrated, *unschedulable) == (b.ready, b.migrated, b.unschedulable)
-        && (*control_plane, *linux, *address) == (b.control_plane, b.linux, b.address)
+        && (*control_plane, *linux, addresses) == (b.control_plane, b.linux, &b.addresses)
         && (taints, pod_cidrs) == (&b.taints, &b.pod_cidrs)
         && *annotations == b.annotations
 }

@@ -64,7 +64,7 @@ impl Drop for Watching {
 pub const WATCH_SECONDS: u32 = 60;
 
 /// Pauses between attempts while the API server can't be reached: once it is back, what has changed is seen within five seconds.
-pub(super) fn pauses() -> watcher::ExponentialBackoff {
+pub(crate) fn pauses() -> watcher::ExponentialBackoff {
     backon::ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(800))
         .with_max_delay(Duration::from_secs(5))

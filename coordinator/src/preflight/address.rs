@@ -1,23 +1,24 @@
 //! Which of a node's addresses Calico's autodetection takes. As its `node/pkg/lifecycle/startup/autodetection` does it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use flannel_migration_protocol::{HostFacts, Interface};
 use ipnet::IpNet;
 use regex::Regex;
 
-/// The address that `method` finds; none when that can't be known from here, or nothing is found. `internal`: the Node's `InternalIP`.
+use crate::calico::family::Family;
+
+/// The address of a family that `method` finds; none when that can't be known from here, or nothing is found. `internal`: the Node's
+/// `InternalIP`.
 #[must_use]
-pub fn detected(method: &str, host: &HostFacts, internal: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
+pub fn detected(method: &str, family: Family, host: &HostFacts, internal: Option<IpAddr>) -> Option<IpAddr> {
     let first = |takes: &dyn Fn(&Interface, &IpNet) -> bool| {
         // The last interface is looked at first.
         let all = host.interfaces.iter().rev();
         all.flat_map(|interface| interface.addresses.iter().map(move |net| (interface, net)))
             .filter(|(interface, net)| takes(interface, net))
-            .find_map(|(_, net)| match net.addr() {
-                IpAddr::V4(address) if !address.is_loopback() && !address.is_link_local() => Some(address),
-                _ => None,
-            })
+            .map(|(_, net)| net.addr())
+            .find(|address| Family::of(*address) == family && is_global(*address))
     };
     let (kind, words) = method.split_once('=').unwrap_or((method, ""));
     let words = words.split(',').map(str::trim);
@@ -38,6 +39,15 @@ pub fn detected(method: &str, host: &HostFacts, internal: Option<Ipv4Addr>) -> O
         }
         _ => None,
     }
+}
+
+/// As Go has it (`IsGlobalUnicast`): private ones count.
+fn is_global(address: IpAddr) -> bool {
+    let local = match address {
+        IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    };
+    !(local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
 }
 
 fn patterns<'a>(words: impl Iterator<Item = &'a str>) -> Option<Vec<Regex>> {
@@ -64,13 +74,33 @@ mod tests {
     fn the_address_is_the_one_that_calico_takes(#[case] method: &str, #[case] address: Option<&str>) {
         let interface = |name: &str, net: &str| Interface {
             name: name.into(),
-            addresses: vec!["169.254.1.1/16".parse().unwrap(), net.parse().unwrap()],
+            addresses: ["169.254.1.1/16", "fe80::1/64", net, "fd00:172::7/64"]
+                .map(|text| text.parse().unwrap())
+                .into(),
         };
         let host = HostFacts {
             interfaces: vec![interface("eth0", "172.16.0.1/24"), interface("storage0", "192.168.9.1/24")],
             ..HostFacts::default()
         };
         let internal = "10.0.0.5".parse().ok();
-        assert_eq!(detected(method, &host, internal), address.map(|text| text.parse().unwrap()));
+        let found = detected(method, Family::V4, &host, internal);
+        assert_eq!(found, address.map(|text| text.parse().unwrap()));
+    }
+
+    #[test]
+    fn each_family_has_an_address_of_its_own() {
+        let addresses = ["172.16.0.1/24", "fe80::1/64", "fd00:172::7/64", "2001:db8::1/64"];
+        let addresses = addresses.map(|text| text.parse().unwrap()).into();
+        let host = HostFacts {
+            interfaces: vec![Interface { name: "eth0".into(), addresses }],
+            ..HostFacts::default()
+        };
+        for (method, address) in [
+            ("first-found", "fd00:172::7"),
+            ("cidr=2001:db8::/32", "2001:db8::1"),
+            ("interface=eth0", "fd00:172::7"),
+        ] {
+            assert_eq!(detected(method, Family::V6, &host, None), Some(address.parse().unwrap()), "{method}");
+        }
     }
 }

@@ -164,25 +164,22 @@ pub fn contents(
     in_use: bool,
     findings: &mut Vec<Finding>,
 ) {
-    let Some(network) = settings.network() else { return };
-    let lens: Vec<u8> = nodes
-        .iter()
-        .flat_map(|node| &node.pod_cidrs)
-        .filter(|cidr| network.contains(*cidr))
-        .map(IpNet::prefix_len)
-        .collect();
-    let block_size = Settings::block_size(&lens);
-    let wanted = prepare::pool(network, block_size, settings.ip_masq);
+    if settings.dual_stack() {
+        findings.extend(ipv6(settings, datastore));
+    }
+    let layout = settings.layout(nodes);
+    let wanted = layout.pools(settings.ip_masq);
     // Canal's own pool gives out no addresses: it is made the one that is needed.
     let taken_over = |name: &str| settings.flannel.canal && !in_use && name == names::POOL;
     let pools = datastore.pools.iter().filter(|(name, _)| !taken_over(name));
-    findings.extend(pools.filter_map(|(name, pool)| prepare::pool_finding(name, pool, &wanted)));
+    findings.extend(pools.flat_map(|(name, pool)| prepare::pool_finding(name, pool, &wanted)));
     // There are several blocks for each node.
     let blocks: BTreeMap<IpNet, Option<&str>> =
         datastore.blocks.iter().map(|(block, owner)| (block.trunc(), owner.as_deref())).collect();
     for node in nodes.iter().filter(|node| super::nodes::untouched(node)) {
         let own = format!("host:{}", node.name);
-        for cidr in node.pod_cidrs.iter().filter(|cidr| network.contains(*cidr)) {
+        for cidr in &node.pod_cidrs {
+            let Some(block_size) = layout.block_size(cidr) else { continue };
             let foreign = overlapping(&blocks, cidr)
                 .filter(|(block, owner)| *owner != Some(&own) || block.prefix_len() != block_size);
             findings.extend(foreign.map(|(block, owner)| foreign_block(node, block, owner)));
@@ -201,6 +198,46 @@ pub fn contents(
     if in_use {
         findings.extend(prepare::felix_finding(felix, settings));
     }
+}
+
+/// What Calico lacks to carry IPv6: its manifest for a migration has it switched off.
+fn ipv6(settings: &Settings, datastore: &Datastore) -> Option<Finding> {
+    let calico = &settings.calico;
+    let felix = datastore.felix.as_ref().and_then(|felix| felix.other.get("ipv6Support"));
+    let lacking: Vec<&str> = [
+        (!calico.ipv6.felix, "FELIX_IPV6SUPPORT=true in container calico-node"),
+        (felix == Some(&Value::Bool(false)), "ipv6Support: true in FelixConfiguration default"),
+        (calico.ipv6.autodetection.is_none(), "IP6=autodetect in container calico-node"),
+        (
+            !assigns_ipv6(&settings.calico_facts.cni_conf_template),
+            "\"assign_ipv4\": \"true\" and \"assign_ipv6\": \"true\" in the ipam of its CNI config",
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(lacks, what)| lacks.then_some(what))
+    .collect();
+    (!lacking.is_empty()).then(|| {
+        Finding::blocking(
+            "CalicoWithoutIpv6",
+            format!("DaemonSet {}", calico.daemon_set),
+            format!("flannel carries IPv6, and Calico isn't set up for it: it lacks {}", lacking.join("; ")),
+            format!(
+                "Set these in Calico's manifest (the CNI config is {} of ConfigMap {}/{}), and apply it",
+                calico.template_key, calico.daemon_set.namespace, calico.config_map
+            ),
+        )
+    })
+}
+
+/// Whether pods get an address of each family. Unasked, Calico's IPAM gives one of IPv4.
+fn assigns_ipv6(template: &str) -> bool {
+    let Ok(config) = completed(template) else { return false };
+    let plugins = plugins(&config);
+    let says = |name: &str| {
+        let value = plugins.first().and_then(|first| first.get("ipam"))?.get(name)?;
+        value.as_str().map(|text| text == "true")
+    };
+    says("assign_ipv4") != Some(false) && says("assign_ipv6") == Some(true)
 }
 
 /// The blocks that hold a network or are held by it.

@@ -9,11 +9,9 @@ use serde_json::{Map, Value};
 
 use super::{Finding, address, calico};
 use crate::calico::announced;
+use crate::calico::family::Family;
 use crate::cluster::NodeFacts;
 use crate::settings::Settings;
-
-/// Longest prefix with room for a pod: flannel's device and bridge have the first two addresses.
-const SMALLEST: u8 = 30;
 
 /// Whether flannel alone runs the node's network.
 #[must_use]
@@ -24,16 +22,16 @@ pub fn untouched(node: &NodeFacts) -> bool {
 
 /// About all nodes that run Linux. `agents`: their DaemonSet is there.
 pub fn all(settings: &Settings, nodes: &[Arc<NodeFacts>], agents: bool, findings: &mut Vec<Finding>) {
-    let Some(network) = settings.network() else { return };
+    let networks = settings.networks();
     let plugins = calico::foreign_plugins(&settings.calico_facts.cni_conf_template);
     for node in nodes {
         let object = format!("Node {}", node.name);
         // A node that the migration has labelled was prepared; what it needs then is the roll's business.
         let enrolled = matches!(node.view.network.get(), Some(Network::None | Network::Calico));
         if !enrolled {
-            findings
-                .extend(announced::flannel_node(node, &settings.flannel.annotation_prefix, network).err());
-            room(node, &object, findings);
+            let read = announced::flannel_node(node, &settings.flannel.annotation_prefix, networks);
+            findings.extend(read.err().into_iter().flatten());
+            room(node, &object, settings, findings);
         }
         if agents && node.view.state.is_absent() {
             findings.push(Finding::blocking(
@@ -76,22 +74,29 @@ pub fn host(node: &NodeFacts) -> Option<&HostFacts> {
     node.view.report.get().and_then(|report| report.host.as_ref())
 }
 
-fn room(node: &NodeFacts, object: &str, findings: &mut Vec<Finding>) {
-    let small =
-        node.pod_cidrs.iter().find(|cidr| matches!(cidr, IpNet::V4(net) if net.prefix_len() > SMALLEST));
-    if let Some(cidr) = small {
-        findings.push(Finding::fatal(
-            "NodeNetworkTooSmall",
-            object,
-            format!("its podCIDR {cidr} is smaller than a block of Calico's with room for a pod"),
-            format!("Delete the Node and let it join again with a podCIDR of /{SMALLEST} or larger (--node-cidr-mask-size)"),
-        ));
+/// The families of flannel's networks.
+fn families(settings: &Settings) -> impl Iterator<Item = Family> {
+    settings.networks().iter().map(Family::of_net)
+}
+
+fn room(node: &NodeFacts, object: &str, settings: &Settings, findings: &mut Vec<Finding>) {
+    for family in families(settings) {
+        let smallest = family.smallest();
+        let small = |cidr: &&IpNet| Family::of_net(cidr) == family && cidr.prefix_len() > smallest;
+        if let Some(cidr) = node.pod_cidrs.iter().find(small) {
+            findings.push(Finding::fatal(
+                "NodeNetworkTooSmall",
+                object,
+                format!("its podCIDR {cidr} is smaller than a block of Calico's with room for a pod"),
+                format!("Delete the Node and let it join again with a podCIDR of /{smallest} or larger (--node-cidr-mask-size)"),
+            ));
+        }
     }
 }
 
 /// What flannel announced for its device.
-fn backend_data(node: &NodeFacts, settings: &Settings) -> BTreeMap<String, Value> {
-    let key = format!("{}/backend-data", settings.flannel.annotation_prefix);
+fn backend_data(node: &NodeFacts, settings: &Settings, family: Family) -> BTreeMap<String, Value> {
+    let key = format!("{}/{}", settings.flannel.annotation_prefix, family.backend_data());
     let text = node.annotations.get(&key).map(String::as_str).unwrap_or_default();
     let data: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
     data.into_iter().map(|(name, value)| (name.to_lowercase(), value)).collect()
@@ -100,15 +105,18 @@ fn backend_data(node: &NodeFacts, settings: &Settings) -> BTreeMap<String, Value
 const RESTART: &str = "Restart flannel's pod on the node: it announces its device when it starts";
 
 fn announced(node: &NodeFacts, object: &str, settings: &Settings, findings: &mut Vec<Finding>) {
-    let data = backend_data(node, settings);
     let configured = settings.flannel_facts.vni;
-    if let Some(vni) = data.get("vni").and_then(Value::as_u64).filter(|vni| *vni != u64::from(configured)) {
-        findings.push(Finding::holds_node(
-            "AnnotationDiffers",
-            object,
-            format!("flannel announced VNI {vni}; its configuration says {configured}"),
-            RESTART,
-        ));
+    for family in families(settings) {
+        let data = backend_data(node, settings, family);
+        let other = |vni: &u64| *vni != u64::from(configured);
+        if let Some(vni) = data.get("vni").and_then(Value::as_u64).filter(other) {
+            findings.push(Finding::holds_node(
+                "AnnotationDiffers",
+                object,
+                format!("flannel announced VNI {vni}; its configuration says {configured}"),
+                RESTART,
+            ));
+        }
     }
 }
 
@@ -129,8 +137,35 @@ fn seen(
             "On the node: sysctl -w net.ipv4.conf.all.rp_filter=1, and the same in /etc/sysctl.d",
         ));
     }
+    for family in families(settings) {
+        device(node, object, host, (settings, family), findings);
+        autodetection(node, object, host, (settings, family), findings);
+    }
+    let missing: Vec<&str> =
+        plugins.iter().filter(|plugin| !host.plugins.contains(plugin)).map(String::as_str).collect();
+    if !missing.is_empty() && !host.plugins.is_empty() {
+        findings.push(Finding::holds_node(
+            "CniPluginMissing",
+            object,
+            format!(
+                "Calico's CNI config names plugins that aren't in /opt/cni/bin there: {}",
+                missing.join(", ")
+            ),
+            "Install them on the node, or take them out of Calico's CNI config",
+        ));
+    }
+}
+
+/// About flannel's device.
+fn device(
+    node: &NodeFacts,
+    object: &str,
+    host: &HostFacts,
+    (settings, family): (&Settings, Family),
+    findings: &mut Vec<Finding>,
+) {
     let facts = &settings.flannel_facts;
-    let name = format!("flannel.{}", facts.vni);
+    let name = family.device(facts.vni);
     match host.vxlan.iter().find(|device| device.name == name) {
         None => {
             let there = host.vxlan.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
@@ -154,7 +189,7 @@ fn seen(
                     "Delete the device on the node and restart flannel's pod there, or correct net-conf.json",
                 ));
             }
-            let data = backend_data(node, settings);
+            let data = backend_data(node, settings, family);
             let mac = data.get("vtepmac").and_then(Value::as_str).unwrap_or_default();
             // One that can't be read is told by itself.
             if mac.len() == device.mac.len() && !mac.eq_ignore_ascii_case(&device.mac) {
@@ -167,30 +202,31 @@ fn seen(
             }
         }
     }
-    let missing: Vec<&str> =
-        plugins.iter().filter(|plugin| !host.plugins.contains(plugin)).map(String::as_str).collect();
-    if !missing.is_empty() && !host.plugins.is_empty() {
-        findings.push(Finding::holds_node(
-            "CniPluginMissing",
-            object,
-            format!(
-                "Calico's CNI config names plugins that aren't in /opt/cni/bin there: {}",
-                missing.join(", ")
-            ),
-            "Install them on the node, or take them out of Calico's CNI config",
-        ));
-    }
-    let public = announced::public_address(node, &settings.flannel.annotation_prefix);
-    let method = settings.calico.autodetection.as_deref();
-    let taken = method.and_then(|method| address::detected(method, host, node.address));
+}
+
+/// Calico must find the address that flannel's packets go to.
+fn autodetection(
+    node: &NodeFacts,
+    object: &str,
+    host: &HostFacts,
+    (settings, family): (&Settings, Family),
+    findings: &mut Vec<Finding>,
+) {
+    let public = announced::public_address(node, &settings.flannel.annotation_prefix, family);
+    let (variable, method) = match family {
+        Family::V4 => ("IP_AUTODETECTION_METHOD", &settings.calico.autodetection),
+        Family::V6 => ("IP6_AUTODETECTION_METHOD", &settings.calico.ipv6.autodetection),
+    };
+    let method = method.as_deref();
+    let taken = method.and_then(|method| address::detected(method, family, host, node.address_of(family)));
     if let (Some(method), Some(taken), Some(public)) = (method, taken, public)
         && taken != public
     {
         findings.push(Finding::fatal(
             "AutodetectionDiffers",
             object,
-            format!("Calico's IP_AUTODETECTION_METHOD={method} finds {taken} on it; flannel's packets go to {public}"),
-            "Set IP_AUTODETECTION_METHOD in Calico's DaemonSet to what finds flannel's address: kubernetes-internal-ip, interface=..., cidr=...",
+            format!("Calico's {variable}={method} finds {taken} on it; flannel's packets go to {public}"),
+            format!("Set {variable} in Calico's DaemonSet to what finds flannel's address: kubernetes-internal-ip, interface=..., cidr=..."),
         ));
     }
 }
@@ -199,11 +235,12 @@ fn seen(
 fn shared(settings: &Settings, nodes: &[Arc<NodeFacts>], findings: &mut Vec<Finding>) {
     let prefix = &settings.flannel.annotation_prefix;
     let mut owners: BTreeMap<String, &str> = BTreeMap::new();
-    for node in nodes {
-        let data = backend_data(node, settings);
+    for (node, family) in nodes.iter().flat_map(|node| families(settings).map(move |family| (node, family))) {
+        let data = backend_data(node, settings, family);
         let mac = data.get("vtepmac").and_then(Value::as_str).filter(|mac| !mac.is_empty());
         let mac = mac.map(|mac| format!("the MAC address {}", mac.to_lowercase()));
-        let public = announced::public_address(node, prefix).map(|public| format!("the address {public}"));
+        let public = announced::public_address(node, prefix, family);
+        let public = public.map(|public| format!("the address {public}"));
         for what in [mac, public].into_iter().flatten() {
             if let Some(other) = owners.insert(what.clone(), &node.name) {
                 findings.push(Finding::fatal(
@@ -248,7 +285,7 @@ fn overlaps(nodes: &[Arc<NodeFacts>]) -> BTreeMap<(&str, &str), IpNet> {
 
 /// Calico has one MTU for all nodes.
 fn mtus(settings: &Settings, nodes: &[Arc<NodeFacts>], findings: &mut Vec<Finding>) {
-    let name = format!("flannel.{}", settings.flannel_facts.vni);
+    let name = Family::V4.device(settings.flannel_facts.vni);
     let used = settings.flannel_facts.mtu;
     for node in nodes.iter().filter(|node| untouched(node)) {
         let device = host(node).and_then(|host| host.vxlan.iter().find(|device| device.name == name));

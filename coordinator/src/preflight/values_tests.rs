@@ -112,8 +112,8 @@ proptest! {
             annotations,
             ..NodeFacts::default()
         };
-        let read = announced::flannel_node(&node, prefix, "10.244.0.0/16".parse().unwrap());
-        if let Err(finding) = read {
+        let read = announced::flannel_node(&node, prefix, &["10.244.0.0/16".parse().unwrap()]);
+        for finding in read.err().into_iter().flatten() {
             let told = finding.to_string();
             prop_assert!(told.contains("Node n1") && told.contains(&value), "{}", told);
         }

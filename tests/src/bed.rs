@@ -212,9 +212,12 @@ impl Bed {
         run::output_with_input(&mut command, &serde_json::to_vec(&list)?).map(drop)
     }
 
-    /// Applies Calico's stock flannel-migration manifest, unchanged.
+    /// Applies Calico's stock flannel-migration manifest: unchanged, or with IPv6 switched on where the cluster has it.
     pub fn apply_calico(&self) -> Result<()> {
         let stock = self.parts.manifest("calico", "calico.yaml")?;
+        if self.shape.dual_stack {
+            return self.apply(&flannel::calico_with_ipv6(&stock)?);
+        }
         let mut command = self.kubectl_command(&["apply", "--server-side", "-f", "-"])?;
         run::output_with_input(&mut command, stock.as_bytes()).map(drop)
     }
@@ -301,6 +304,7 @@ impl Bed {
                     root: node::stable_root(self, &name),
                     netns: self.plan.netns_path(&name),
                     address: IpAddr::V4(self.plan.node(node.number)),
+                    address_v6: self.beside(self.plan.node(node.number)),
                     name,
                 })
             })
@@ -310,7 +314,13 @@ impl Bed {
             nodes,
             outside_netns: self.plan.netns_path("outside"),
             outside_address: IpAddr::V4(self.plan.outside()),
+            outside_address_v6: self.beside(self.plan.outside()),
         })
+    }
+
+    /// The IPv6 address beside one of IPv4, if the cluster has both families.
+    fn beside(&self, address: Ipv4Addr) -> Option<IpAddr> {
+        self.shape.dual_stack.then(|| self.plan.beside(address).parse().ok()).flatten()
     }
 
     fn reserve(name: &str, shape: Shape, parts: Parts, images: Images) -> Result<Self> {

@@ -99,6 +99,26 @@ fn calico(stock: &str, shape: &Shape) -> Result<Vec<Value>> {
     Ok(objects)
 }
 
+/// Calico's manifest for the migration with IPv6 switched on, as its users would for flannel with both families.
+pub fn calico_with_ipv6(stock: &str) -> Result<Vec<Value>> {
+    let mut objects = documents(stock)?;
+    let config =
+        objects.iter_mut().find(|object| object.pointer("/metadata/name") == Some(&json!("calico-config")));
+    let text =
+        config.and_then(|config| config.pointer_mut("/data/cni_network_config")).context("no CNI config")?;
+    let plain = r#""type": "calico-ipam""#;
+    let both = format!(r#"{plain}, "assign_ipv4": "true", "assign_ipv6": "true""#);
+    *text = json!(text.as_str().context("the CNI config is no text")?.replace(plain, &both));
+    let daemonset = find(&mut objects, "DaemonSet")?;
+    let env = daemonset.pointer_mut("/spec/template/spec/containers/0/env").and_then(Value::as_array_mut);
+    let env = env.context("no env")?;
+    for (name, value) in [("FELIX_IPV6SUPPORT", "true"), ("IP6", "autodetect")] {
+        env.retain(|variable| variable["name"] != name);
+        env.push(json!({ "name": name, "value": value }));
+    }
+    Ok(objects)
+}
+
 fn network(net: &mut Map<String, Value>, shape: &Shape) {
     net.insert("Network".to_owned(), json!(shape.pod_cidr));
     if shape.rules == Rules::Nftables {

@@ -25,10 +25,13 @@ pub fn create(plan: &Plan) -> Result<()> {
     sysctl(&switch, "net.bridge.bridge-nf-call-iptables", "0")?;
     ip(&switch, &format!("link add outside type veth peer name eth0 netns {outside}"))?;
     ip(&switch, &format!("addr add {}/24 dev outside", plan.outside_gateway()))?;
+    ip(&switch, &format!("addr add {}/64 dev outside nodad", plan.beside(plan.outside_gateway())))?;
     ip(&switch, "link set outside up")?;
     ip(&outside, &format!("addr add {}/24 dev eth0", plan.outside()))?;
+    ip(&outside, &format!("addr add {}/64 dev eth0 nodad", plan.beside(plan.outside())))?;
     ip(&outside, "link set eth0 up")?;
-    ip(&outside, &format!("route add default via {}", plan.outside_gateway()))
+    ip(&outside, &format!("route add default via {}", plan.outside_gateway()))?;
+    ip(&outside, &format!("route add default via {}", plan.beside(plan.outside_gateway())))
 }
 
 /// Connects a new namespace `part` to the switch under `address`.

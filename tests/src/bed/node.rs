@@ -16,6 +16,7 @@ use super::{
     cgroup::Cgroup,
     containerd::{self, Containerd},
     daemon::{Daemon, Place},
+    layout::POD_CIDR_V6,
     net, secrets,
 };
 use crate::{
@@ -172,11 +173,16 @@ fn configure(bed: &Bed, node: &NodeRecord) -> Result<()> {
         "registerNode": true,
     });
     fs::write(directory.join("kubelet.json"), serde_json::to_string_pretty(&kubelet)?)?;
+    let pods = if bed.shape.dual_stack {
+        format!("{},{POD_CIDR_V6}", bed.shape.pod_cidr)
+    } else {
+        bed.shape.pod_cidr.to_string()
+    };
     let proxy = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "clientConnection": { "kubeconfig": bed.plan.kubeconfig_inside("proxy") },
-        "clusterCIDR": bed.shape.pod_cidr,
+        "clusterCIDR": pods,
         "hostnameOverride": node.shape.name,
         "mode": "iptables",
         "iptables": { "minSyncPeriod": "0s" },

@@ -14,7 +14,7 @@ pub struct Identity {
     pub name: String,
     /// Its node.
     pub node: String,
-    /// Its address.
+    /// Its addresses.
     pub address: String,
     /// Restarts of its containers.
     pub restarts: u64,
@@ -50,6 +50,12 @@ fn is_on_pod_network(pod: &Value) -> bool {
         && pod.pointer("/status/phase").and_then(Value::as_str) == Some("Running")
 }
 
+/// A pod's addresses, of both families.
+pub(super) fn addresses(pod: &Value) -> Vec<&str> {
+    let all = pod.pointer("/status/podIPs").and_then(Value::as_array).into_iter().flatten();
+    all.filter_map(|pod_ip| pod_ip.get("ip")?.as_str()).collect()
+}
+
 fn identity(pod: &Value) -> Option<(String, Identity)> {
     let text = |pointer: &str| pod.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
     let containers = pod.pointer("/status/containerStatuses").and_then(Value::as_array)?;
@@ -59,7 +65,7 @@ fn identity(pod: &Value) -> Option<(String, Identity)> {
         Identity {
             name: format!("{}/{}", text("/metadata/namespace")?, text("/metadata/name")?),
             node: text("/spec/nodeName")?,
-            address: text("/status/podIP").unwrap_or_default(),
+            address: addresses(pod).join(","),
             restarts: containers.iter().filter_map(|status| status.get("restartCount")?.as_u64()).sum(),
             started: containers.iter().filter_map(started).collect(),
         },

@@ -13,7 +13,7 @@ use kube::{Api, Client, api::ListParams};
 use super::{Job, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL, apply, checks, job, pods};
 use crate::{
     bed::Bed,
-    probe::{self, Kind, Options, Prober, Report, Workloads, deploy_to},
+    probe::{self, Options, Prober, Report, Workloads, deploy_to},
 };
 
 /// What is migrated, and how closely it is watched.
@@ -241,7 +241,7 @@ fn new_losses(before: &Report, after: &Report, busy: &[String], now: f64) -> Vec
             .find(|was| (was.kind, &was.from, &was.to) == (flow.kind, &flow.from, &flow.to));
         let lost = flow.figures.lost - was.map_or(0, |was| was.figures.lost).min(flow.figures.lost);
         // A Service's pod may be on any node.
-        let anywhere = matches!(flow.kind, Kind::PodToService | Kind::OutsideToNodePort);
+        let anywhere = flow.kind.is_of_a_service();
         let excused =
             if anywhere { !busy.is_empty() } else { flow.nodes.iter().any(|node| busy.contains(node)) };
         if lost > 0 && !excused {

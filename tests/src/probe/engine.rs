@@ -194,7 +194,8 @@ impl Engine {
         let mut buffer = [0; 256];
         while let Ok((length, source)) = observer.recv_from(&mut buffer) {
             let mut answer = buffer.get(..length).unwrap_or_default().to_vec();
-            answer.extend_from_slice(source.ip().to_string().as_bytes());
+            // A socket of both families tells IPv4 addresses as mapped ones.
+            answer.extend_from_slice(source.ip().to_canonical().to_string().as_bytes());
             // A full buffer or no route back: the probe times out, and says so.
             let _ = observer.send_to(&answer, source);
         }

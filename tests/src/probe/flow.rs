@@ -29,6 +29,8 @@ pub enum Place {
     Host(String),
     /// Whichever pod fills this slot.
     Pod(Slot),
+    /// The same by its IPv6 address.
+    PodV6(Slot),
     /// The namespace outside the cluster.
     Outside,
     /// A fixed address.
@@ -39,7 +41,7 @@ impl fmt::Display for Place {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Host(node) => write!(formatter, "host@{node}"),
-            Self::Pod(Slot { workload, place }) => {
+            Self::Pod(Slot { workload, place }) | Self::PodV6(Slot { workload, place }) => {
                 let name = workload.rsplit('/').next().unwrap_or(workload);
                 write!(formatter, "{name}@{place}")
             }
@@ -71,6 +73,52 @@ pub enum Kind {
     LongLivedOtherNode,
     /// One TCP connection held between two pods of a node, an echo round trip each time.
     LongLivedSameNode,
+    /// [`Self::PodToPodOtherNode`] by IPv6, and so on.
+    PodToPodOtherNodeV6,
+    /// See above.
+    PodToPodSameNodeV6,
+    /// See above.
+    HostToOwnPodV6,
+    /// See above.
+    HostToOtherPodV6,
+    /// See above.
+    PodToServiceV6,
+    /// See above.
+    PodToOutsideV6,
+    /// See above.
+    OutsideToNodePortV6,
+    /// See above.
+    LongLivedOtherNodeV6,
+    /// See above.
+    LongLivedSameNodeV6,
+}
+
+impl Kind {
+    /// The same by IPv6.
+    #[must_use]
+    pub const fn v6(self) -> Self {
+        match self {
+            Self::PodToPodOtherNode => Self::PodToPodOtherNodeV6,
+            Self::PodToPodSameNode => Self::PodToPodSameNodeV6,
+            Self::HostToOwnPod => Self::HostToOwnPodV6,
+            Self::HostToOtherPod => Self::HostToOtherPodV6,
+            Self::PodToService => Self::PodToServiceV6,
+            Self::PodToOutside => Self::PodToOutsideV6,
+            Self::OutsideToNodePort => Self::OutsideToNodePortV6,
+            Self::LongLivedOtherNode => Self::LongLivedOtherNodeV6,
+            Self::LongLivedSameNode => Self::LongLivedSameNodeV6,
+            same => same,
+        }
+    }
+
+    /// Whether a Service answers: its pods may be on any node.
+    #[must_use]
+    pub const fn is_of_a_service(self) -> bool {
+        matches!(
+            self,
+            Self::PodToService | Self::OutsideToNodePort | Self::PodToServiceV6 | Self::OutsideToNodePortV6
+        )
+    }
 }
 
 /// How one probe of a flow is made.
@@ -116,6 +164,8 @@ pub struct Plan<'a> {
     pub echo_port: u16,
     /// With how many other nodes each node is paired, so that big clusters don't get flows by the square.
     pub peers: usize,
+    /// Whether all of this is by IPv6.
+    pub v6: bool,
 }
 
 /// The two `DaemonSet`s whose pods are the ends of flows: one pod each on every node makes pairs on a node and across.
@@ -145,21 +195,31 @@ impl Plan<'_> {
         self.nodes.iter().cycle().skip(index + 1).take(self.peers.min(others)).map(|(name, _)| name.as_str())
     }
 
+    fn kind(&self, kind: Kind) -> Kind {
+        if self.v6 { kind.v6() } else { kind }
+    }
+
+    /// A pod as a target.
+    fn target(&self, slot: Slot) -> Place {
+        if self.v6 { Place::PodV6(slot) } else { Place::Pod(slot) }
+    }
+
     fn alone(&self, node: &str, address: IpAddr) -> Vec<Flow> {
         let [one, two] = ECHO.map(|name| Place::Pod(Slot::daemon(name, node)));
+        let [to_one, to_two] = ECHO.map(|name| self.target(Slot::daemon(name, node)));
         let host = Place::Host(node.to_owned());
         let flow = |kind, from: &Place, to: &Place, method| Flow {
-            kind,
+            kind: self.kind(kind),
             from: from.clone(),
             to: to.clone(),
             nodes: vec![node.to_owned()],
             method,
         };
         let mut flows = vec![
-            flow(Kind::PodToPodSameNode, &one, &two, Method::Ping),
-            flow(Kind::PodToPodSameNode, &two, &one, Method::Ping),
-            flow(Kind::HostToOwnPod, &host, &one, Method::Ping),
-            flow(Kind::LongLivedSameNode, &one, &two, Method::Stream(self.echo_port)),
+            flow(Kind::PodToPodSameNode, &one, &to_two, Method::Ping),
+            flow(Kind::PodToPodSameNode, &two, &to_one, Method::Ping),
+            flow(Kind::HostToOwnPod, &host, &to_one, Method::Ping),
+            flow(Kind::LongLivedSameNode, &one, &to_two, Method::Stream(self.echo_port)),
         ];
         if let Some(service) = self.service {
             flows.push(flow(Kind::PodToService, &one, &Place::Address(service), Method::Connect));
@@ -178,9 +238,9 @@ impl Plan<'_> {
     fn paired(&self, node: &str, peer: &str) -> [Flow; 3] {
         let [name, _] = ECHO;
         let pod = Place::Pod(Slot::daemon(name, node));
-        let target = Place::Pod(Slot::daemon(name, peer));
+        let target = self.target(Slot::daemon(name, peer));
         let flow = |kind, from: Place, method| Flow {
-            kind,
+            kind: self.kind(kind),
             from,
             to: target.clone(),
             nodes: vec![node.to_owned(), peer.to_owned()],
@@ -210,6 +270,7 @@ mod tests {
             observer: Some(([10, 98, 0, 1], 9).into()),
             echo_port: 7,
             peers,
+            v6: false,
         }
     }
 
@@ -272,6 +333,18 @@ mod tests {
         for flow in plan(&nodes, 2).flows().iter().filter(|flow| flow.kind == Kind::PodToOutside) {
             let (_, address) = nodes.iter().find(|(name, _)| flow.nodes == [name.as_str()]).unwrap();
             assert_eq!(flow.method, Method::Observe(*address));
+        }
+    }
+
+    #[test]
+    fn what_is_measured_by_ipv6_is_the_same_and_told_apart() {
+        let nodes = nodes(3);
+        let (v4, v6) = (plan(&nodes, 2).flows(), Plan { v6: true, ..plan(&nodes, 2) }.flows());
+        assert_eq!(v4.len(), v6.len());
+        for (four, six) in v4.iter().zip(&v6) {
+            assert_eq!((four.kind.v6(), four.to.to_string()), (six.kind, six.to.to_string()));
+            assert!(four.kind < six.kind && !matches!(six.to, Place::Pod(_)));
+            assert_eq!(four.kind.is_of_a_service(), six.kind.is_of_a_service());
         }
     }
 

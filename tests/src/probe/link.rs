@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::flow::Method;
 use super::ledger::Cause;
 use super::netns::{Here, Netns};
-use super::packet::{RECORD, Record, decode_echo_reply, encode_echo};
+use super::packet::{RECORD, Record, decode_echo_reply, decode_echo_reply_v6, encode_echo};
 use super::stream::Stream;
 
 /// Room for what a socket receives while the prober does not run.
@@ -96,9 +96,9 @@ impl Bench {
         Ok(self.epoll.add(socket, EpollEvent::new(flags | EpollFlags::EPOLLET, token))?)
     }
 
-    pub(super) fn open(&mut self, from: &Arc<Netns>, kind: Type, protocol: Protocol) -> io::Result<Socket> {
-        self.here.enter(from)?;
-        let socket = Socket::new(Domain::IPV4, kind, Some(protocol))?;
+    pub(super) fn open(&mut self, ends: &Ends, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+        self.here.enter(&ends.from)?;
+        let socket = Socket::new(Domain::for_address(ends.to), kind, Some(protocol))?;
         socket.set_nonblocking(true)?;
         Ok(socket)
     }
@@ -156,9 +156,11 @@ impl Link {
         match &mut self.sockets {
             Sockets::Ping(Some(socket)) => {
                 let identifier = self.number.identifier(bench.run);
+                let v6 = self.ends.as_ref().is_some_and(|ends| ends.to.is_ipv6());
+                let decode = if v6 { decode_echo_reply_v6 } else { decode_echo_reply };
                 let mut packet = [0; 1500];
                 while let Some(bytes) = receive(socket, &mut packet) {
-                    let record = decode_echo_reply(bytes, identifier).filter(ours);
+                    let record = decode(bytes, identifier).filter(ours);
                     verdicts.extend(record.map(|record| (record.sequence, Ok(()))));
                 }
                 false
@@ -207,7 +209,7 @@ fn ping(
         Some(socket) => socket,
         None => held.insert(open_ping(bench, ends, number).map_err(|error| cause(&error))?),
     };
-    let packet = encode_echo(number.identifier(record.run), record);
+    let packet = encode_echo(number.identifier(record.run), record, ends.to.is_ipv6());
     // Not connected: the source address is chosen anew for each packet, as for any new connection. A connected
     // socket of a host would keep the address of a device that is long gone.
     let target = SockAddr::from(SocketAddr::new(ends.to.ip(), 0));
@@ -215,7 +217,8 @@ fn ping(
 }
 
 fn open_ping(bench: &mut Bench, ends: &Ends, number: Number) -> io::Result<Socket> {
-    let socket = bench.open(&ends.from, Type::RAW, Protocol::ICMPV4)?;
+    let protocol = if ends.to.is_ipv6() { Protocol::ICMPV6 } else { Protocol::ICMPV4 };
+    let socket = bench.open(ends, Type::RAW, protocol)?;
     socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
     // Not for writing: every packet that leaves would wake the prober once more.
     bench.watch_for(&socket, number.token(0), EpollFlags::EPOLLIN)?;
@@ -223,7 +226,7 @@ fn open_ping(bench: &mut Bench, ends: &Ends, number: Number) -> io::Result<Socke
 }
 
 fn connect(bench: &mut Bench, ends: &Ends, token: u64) -> io::Result<Exchange> {
-    let socket = bench.open(&ends.from, Type::STREAM, Protocol::TCP)?;
+    let socket = bench.open(ends, Type::STREAM, Protocol::TCP)?;
     // Ended by a reset: thousands of connections in TIME_WAIT would fill the tables that the measured traffic uses.
     socket.set_linger(Some(Duration::ZERO))?;
     start_connect(&socket, ends.to)?;
@@ -239,7 +242,7 @@ pub(super) fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
 }
 
 fn ask(bench: &mut Bench, ends: &Ends, token: u64, record: Record) -> io::Result<Exchange> {
-    let socket = bench.open(&ends.from, Type::DGRAM, Protocol::UDP)?;
+    let socket = bench.open(ends, Type::DGRAM, Protocol::UDP)?;
     socket.connect(&SockAddr::from(ends.to))?;
     bench.watch_for(&socket, token, EpollFlags::EPOLLIN)?;
     (&socket).write_all(&record.encode())?;

@@ -16,6 +16,8 @@ pub const RECORD: usize = 24;
 const HEADER: usize = 8;
 const ECHO_REPLY: u8 = 0;
 const ECHO_REQUEST: u8 = 8;
+const ECHO_REPLY_V6: u8 = 129;
+const ECHO_REQUEST_V6: u8 = 128;
 
 impl Record {
     /// The record as bytes.
@@ -37,14 +39,15 @@ impl Record {
     }
 }
 
-/// An ICMP echo request with a record as its payload.
+/// An ICMP echo request with a record as its payload. For IPv6 the kernel writes the checksum, which is about addresses too.
 #[must_use]
-pub fn encode_echo(identifier: u16, record: Record) -> [u8; HEADER + RECORD] {
+pub fn encode_echo(identifier: u16, record: Record, v6: bool) -> [u8; HEADER + RECORD] {
+    let request = if v6 { ECHO_REQUEST_V6 } else { ECHO_REQUEST };
     let mut bytes = [0; HEADER + RECORD];
     let [_, _, _, _, _, _, high, low] = record.sequence.to_be_bytes();
     let [id_high, id_low] = identifier.to_be_bytes();
     let (header, payload) = bytes.split_at_mut(HEADER);
-    header.copy_from_slice(&[ECHO_REQUEST, 0, 0, 0, id_high, id_low, high, low]);
+    header.copy_from_slice(&[request, 0, 0, 0, id_high, id_low, high, low]);
     payload.copy_from_slice(&record.encode());
     let sum = checksum(&bytes).to_be_bytes();
     for (place, byte) in bytes.iter_mut().skip(2).zip(sum) {
@@ -57,9 +60,18 @@ pub fn encode_echo(identifier: u16, record: Record) -> [u8; HEADER + RECORD] {
 #[must_use]
 pub fn decode_echo_reply(packet: &[u8], identifier: u16) -> Option<Record> {
     let header = usize::from(packet.first()? & 0x0f) * 4;
-    let message = packet.get(header..)?;
+    reply(packet.get(header..)?, identifier, ECHO_REPLY)
+}
+
+/// The same of a message of IPv6: a raw socket hands it over without its packet.
+#[must_use]
+pub fn decode_echo_reply_v6(message: &[u8], identifier: u16) -> Option<Record> {
+    reply(message, identifier, ECHO_REPLY_V6)
+}
+
+fn reply(message: &[u8], identifier: u16, kind: u8) -> Option<Record> {
     let [high, low] = identifier.to_be_bytes();
-    let ours = *message.first()? == ECHO_REPLY && message.get(4..6)? == [high, low];
+    let ours = *message.first()? == kind && message.get(4..6)? == [high, low];
     ours.then(|| Record::decode(message.get(HEADER..)?))?
 }
 
@@ -86,7 +98,7 @@ mod tests {
 
     fn reply(identifier: u16) -> Vec<u8> {
         let mut packet = vec![0x45; 20];
-        packet.extend(encode_echo(identifier, RECORD_OF_TEST));
+        packet.extend(encode_echo(identifier, RECORD_OF_TEST, false));
         packet[20] = ECHO_REPLY;
         packet
     }
@@ -99,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_checksum_over_a_whole_message_is_zero() {
-        assert_eq!(checksum(&encode_echo(0xbeef, RECORD_OF_TEST)), 0);
+        assert_eq!(checksum(&encode_echo(0xbeef, RECORD_OF_TEST, false)), 0);
     }
 
     #[test]
@@ -112,5 +124,15 @@ mod tests {
         for length in 0..reply(9).len() {
             assert_eq!(decode_echo_reply(&reply(9)[..length], 9), None, "cut off at {length}");
         }
+    }
+
+    #[test]
+    fn a_reply_of_icmpv6_comes_without_its_packet() {
+        let mut message = encode_echo(9, RECORD_OF_TEST, true);
+        assert_eq!(decode_echo_reply_v6(&message, 9), None, "a request");
+        message[0] = ECHO_REPLY_V6;
+        assert_eq!(decode_echo_reply_v6(&message, 9), Some(RECORD_OF_TEST));
+        assert_eq!(decode_echo_reply_v6(&message, 10), None, "another identifier");
+        assert_eq!(decode_echo_reply_v6(&message[..HEADER + 5], 9), None);
     }
 }

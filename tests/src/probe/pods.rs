@@ -19,6 +19,8 @@ pub struct PodFacts {
     pub node: Option<String>,
     /// `status.podIP`.
     pub address: Option<IpAddr>,
+    /// The first of `status.podIPs` that is of IPv6, beside one of IPv4.
+    pub address_v6: Option<IpAddr>,
     /// containerd's id of a running container of it.
     pub container: Option<String>,
     /// Sum of the restart counts of all its containers.
@@ -57,6 +59,12 @@ impl PodFacts {
             workload,
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             address: status.pod_ip.as_deref().and_then(|address| address.parse().ok()),
+            address_v6: status
+                .pod_ips
+                .iter()
+                .flatten()
+                .filter_map(|pod_ip| pod_ip.ip.parse().ok())
+                .find(IpAddr::is_ipv6),
             container: status
                 .container_statuses
                 .iter()
@@ -117,8 +125,11 @@ impl Census {
         fate.evicted += u64::from(pod.evicted && !before.is_some_and(|before| before.evicted));
         if let Some(before) = before {
             fate.restarts += pod.restarts.saturating_sub(before.restarts);
-            let moved = before.address.is_some() && pod.address.is_some() && before.address != pod.address;
-            fate.readdressed += u64::from(moved);
+            let moved = |before: Option<IpAddr>, now: Option<IpAddr>| {
+                before.is_some() && now != before && now.is_some()
+            };
+            let either = moved(before.address, pod.address) || moved(before.address_v6, pod.address_v6);
+            fate.readdressed += u64::from(either);
         }
         let slot = self.place(&pod);
         let workload = pod.workload.clone();
@@ -247,6 +258,7 @@ mod tests {
             workload: workload.into(),
             node: Some(node.into()),
             address: Some(IpAddr::from([10, 244, 0, 2])),
+            address_v6: None,
             container: Some("c".into()),
             restarts: 0,
             ready: true,
@@ -274,7 +286,7 @@ mod tests {
             "metadata": {"name": "web-5d-x", "uid": "u1", "labels": {"pod-template-hash": "5d"},
                 "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d", "uid": "r", "controller": true}]},
             "spec": {"nodeName": "n1", "containers": []},
-            "status": {"phase": "Running", "podIP": "10.244.1.9",
+            "status": {"phase": "Running", "podIP": "10.244.1.9", "podIPs": [{"ip": "10.244.1.9"}, {"ip": "fd00::9"}],
                 "conditions": [{"type": "Ready", "status": "True"}, {"type": "DisruptionTarget", "status": "True"}],
                 "containerStatuses": [{"name": "echo", "image": "", "imageID": "", "ready": true, "restartCount": 2,
                     "containerID": "containerd://abc", "state": {"running": {}}}]}});
@@ -283,6 +295,7 @@ mod tests {
         assert_eq!(facts.workload, "Deployment/web");
         assert_eq!(facts.container.as_deref(), Some("abc"));
         assert_eq!(facts.address, Some(IpAddr::from([10, 244, 1, 9])));
+        assert_eq!(facts.address_v6, "fd00::9".parse().ok());
         assert!(facts.ready && facts.evicted && !facts.leaving);
         assert_eq!(facts.restarts, 2);
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -152,14 +152,22 @@ impl Prober {
             return Err(Error::NotRoot);
         }
         let outside = open(&site.outside_netns)?;
-        let observer = bind_observer(&outside, SocketAddr::new(site.outside_address, 0))
+        let heard_at = if site.outside_address_v6.is_some() {
+            // Of both families, as long as it isn't bound to an address of one.
+            IpAddr::from(Ipv6Addr::UNSPECIFIED)
+        } else {
+            site.outside_address
+        };
+        let observer = bind_observer(&outside, SocketAddr::new(heard_at, 0))
             .map_err(|source| Error::Netns { path: site.outside_netns.display().to_string(), source })?;
-        let observed_at = observer.local_addr().map_err(Error::Thread)?;
+        let heard_port = observer.local_addr().map_err(Error::Thread)?.port();
         for node in &site.nodes {
             open(&node.netns)?;
         }
         let nodes: Vec<_> = site.nodes.iter().map(|node| (node.name.clone(), node.address)).collect();
-        let outside_address = site.outside_address;
+        let nodes_v6: Vec<_> =
+            site.nodes.iter().filter_map(|node| Some((node.name.clone(), node.address_v6?))).collect();
+        let (outside_address, outside_v6) = (site.outside_address, site.outside_address_v6);
         let (commands, orders) = mpsc::channel();
         let (found, services) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
@@ -178,12 +186,21 @@ impl Prober {
             nodes: &nodes,
             service: Some(services.cluster),
             node_port: Some(services.node_port),
-            observer: Some(observed_at),
+            observer: Some(SocketAddr::new(outside_address, heard_port)),
             echo_port: options.echo_port,
             peers: options.peers,
+            v6: false,
+        };
+        let v6 = Plan {
+            nodes: &nodes_v6,
+            service: services.cluster_v6,
+            observer: outside_v6.map(|address| SocketAddr::new(address, heard_port)),
+            v6: true,
+            ..plan.clone()
         };
         let limit = options.ready_within;
-        let meter = Meter::with(plan.flows(), Some(observer), options, commands, orders)?;
+        let flows = [plan.flows(), v6.flows()].concat();
+        let meter = Meter::with(flows, Some(observer), options, commands, orders)?;
         meter.bind(Place::Outside, Endpoint { netns: outside, address: Some(outside_address) });
         let prober = Self { meter, shared, origin, stop: Some(stop), watch: Some(watch) };
         let slots: BTreeSet<Slot> =

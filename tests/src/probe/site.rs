@@ -14,6 +14,8 @@ pub struct Site {
     pub outside_netns: PathBuf,
     /// The address in it that the nodes can reach.
     pub outside_address: IpAddr,
+    /// Its IPv6 address, in a cluster of both families.
+    pub outside_address_v6: Option<IpAddr>,
 }
 
 /// One node of a [`Site`].
@@ -27,4 +29,6 @@ pub struct SiteNode {
     pub netns: PathBuf,
     /// Its `InternalIP`: what masqueraded packets carry as their source, and where `NodePort`s are reached.
     pub address: IpAddr,
+    /// The same of IPv6, in a cluster of both families.
+    pub address_v6: Option<IpAddr>,
 }

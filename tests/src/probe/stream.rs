@@ -71,7 +71,7 @@ impl Stream {
         self.received.clear();
         self.unsent.clear();
         self.next_attempt = now + PAUSE;
-        let opened = bench.open(&ends.from, Type::STREAM, Protocol::TCP).and_then(|socket| {
+        let opened = bench.open(ends, Type::STREAM, Protocol::TCP).and_then(|socket| {
             socket.set_tcp_nodelay(true)?;
             socket.set_send_buffer_size(SEND_BUFFER)?;
             start_connect(&socket, ends.to)?;

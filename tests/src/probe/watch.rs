@@ -2,6 +2,7 @@
 //! server may be away for minutes: probing goes on with what was last known.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -82,6 +83,7 @@ impl Shared {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Services {
     pub(super) cluster: std::net::SocketAddr,
+    pub(super) cluster_v6: Option<std::net::SocketAddr>,
     pub(super) node_port: u16,
 }
 
@@ -95,11 +97,14 @@ async fn services(client: &Client) -> Result<Services, Error> {
     let cluster = get(SERVICE).await?;
     let node_port = get(NODE_PORT_SERVICE).await?;
     let address = cluster.cluster_ip.and_then(|address| address.parse().ok());
+    let all = cluster.cluster_ips.iter().flatten().filter_map(|address| address.parse().ok());
+    let v6 = all.into_iter().find(IpAddr::is_ipv6);
     let port = cluster.ports.iter().flatten().find_map(|port| u16::try_from(port.port).ok());
     let open = node_port.ports.iter().flatten().find_map(|port| u16::try_from(port.node_port?).ok());
     match (address, port, open) {
         (Some(address), Some(port), Some(node_port)) => {
-            Ok(Services { cluster: std::net::SocketAddr::new(address, port), node_port })
+            let at = |address| std::net::SocketAddr::new(address, port);
+            Ok(Services { cluster: at(address), cluster_v6: v6.map(at), node_port })
         }
         _ => Err(Error::NotDeployed(format!("Services {SERVICE} and {NODE_PORT_SERVICE} have no addresses"))),
     }
@@ -191,13 +196,18 @@ impl Watch {
                 let (Some(address), Some(container)) = (pod.address, pod.container.as_ref()) else {
                     continue;
                 };
-                let wanted = (format!("{}/{address}", pod.uid), Some(container.clone()));
+                let v6 = pod.address_v6;
+                let wanted = (format!("{}/{address}/{v6:?}", pod.uid), Some(container.clone()));
                 if bound.get(&slot) == Some(&wanted) {
                     continue;
                 }
                 // Not there yet, or gone again: the next look will tell.
                 let Ok(netns) = Netns::open_container(&node.root, container) else { continue };
                 let endpoint = Endpoint { netns: Arc::new(netns), address: Some(address) };
+                if v6.is_some() {
+                    let endpoint = Endpoint { address: v6, ..endpoint.clone() };
+                    let _ = self.engine.send(Command::Bind(Place::PodV6(slot.clone()), endpoint));
+                }
                 let _ = self.engine.send(Command::Bind(Place::Pod(slot.clone()), endpoint));
                 bound.insert(slot.clone(), wanted);
                 known.bound.insert(slot);
@@ -270,6 +280,7 @@ fn read_node(node: &Node) -> Option<PodFacts> {
         workload: format!("Node/{}", node.name_any()),
         node: Some(node.name_any()),
         address: None,
+        address_v6: None,
         container: None,
         restarts: 0,
         ready,

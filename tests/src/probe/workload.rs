@@ -118,6 +118,7 @@ impl Workloads {
             "metadata": {"name": name, "namespace": NAMESPACE},
             "spec": {
                 "type": kind,
+                "ipFamilyPolicy": "PreferDualStack",
                 "selector": {"app": WEB},
                 "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": self.http_port}],
             },

@@ -198,6 +198,46 @@ fn small_nodes_with_nftables_and_bare_rules_are_drained_while_one_node_joins_and
     }
 }
 
+fn two_of_both_families() -> Shape {
+    Shape { nodes: NodeShape::numbered(2), dual_stack: true, ..Shape::default() }
+}
+
+/// Every flow by IPv4 has its twin by IPv6, and none of either lost anything.
+fn expect_nothing_lost_in_either_family(outcome: &Outcome) {
+    expect_in_place(outcome);
+    let kinds = &outcome.traffic.kinds;
+    assert_eq!(kinds.len(), 18, "{}", outcome.table());
+    for kind in kinds {
+        assert!(kind.figures.sent > 0, "{kind:?}\n{}", outcome.table());
+    }
+    assert_eq!(outcome.traffic.lost(), 0, "{}", outcome.table());
+}
+
+#[test]
+fn a_cluster_of_both_families_is_migrated_in_place_and_its_policies_are_enforced() {
+    let scratch = Scratch::up("t-dual", two_of_both_families(), TESTBED).unwrap();
+    let bed = &scratch.bed;
+    let outcome = migrate(bed, "in-place");
+    expect_nothing_lost_in_either_family(&outcome);
+    let pools = bed.get(&["ippools.crd.projectcalico.org"]).unwrap();
+    assert_eq!(pools["items"].as_array().unwrap().len(), 2, "{pools}");
+    // A pod that Calico makes has addresses of both families, and is reached by both.
+    bed.kubectl(&["-n", "probe", "rollout", "restart", "daemonset/echo2"]).unwrap();
+    bed.kubectl(&["-n", "probe", "rollout", "status", "daemonset/echo2", "--timeout=90s"]).unwrap();
+    let wrong =
+        [migration::checks::pods(bed), migration::checks::ipam(bed), migration::checks::policies(bed)];
+    let wrong: Vec<String> = wrong.into_iter().flat_map(Result::unwrap).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+#[ignore = "takes two minutes; hack/faults runs it"]
+fn a_cluster_of_both_families_is_migrated_by_drain() {
+    let scratch = Scratch::up("t-dual-drain", two_of_both_families(), TESTBED).unwrap();
+    let outcome = migrate(&scratch.bed, "drain");
+    assert!(outcome.kept(), "{}", outcome.table());
+}
+
 /// A pod on each node that a policy closes against everybody.
 const SHUT: &str = "shut";
 

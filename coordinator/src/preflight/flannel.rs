@@ -114,12 +114,14 @@ pub fn config(flannel: &FlannelDaemon, config: Config<'_>, findings: &mut Vec<Fi
             "Set DirectRouting to false in net-conf.json and restart flannel's pods",
         ));
     }
-    if conf.enable_ipv6 == Some(true) || conf.enable_ipv4 == Some(false) {
+    let only = conf.enable_ipv4 == Some(false);
+    if only || flannel.canal && conf.carries_ipv6() {
+        let what = if only { "flannel carries IPv6 only" } else { "Canal carries IPv6" };
         findings.push(Finding::fatal(
             "Ipv6Unsupported",
             &object,
-            "flannel carries IPv6",
-            "Only IPv4 clusters can be migrated by this version",
+            what,
+            "Clusters with IPv4, or with IPv4 and IPv6 by flannel alone, can be migrated by this version",
         ));
     }
 }

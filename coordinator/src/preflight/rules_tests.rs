@@ -243,6 +243,113 @@ fn what_calicos_datastore_holds_is_judged_before_anything_is_written() {
     assert_eq!(reasons(&survey, &[node("a")]), ["BlockOfAnotherNode", "PoolDiffers", "PoolOverlaps"]);
 }
 
+/// Of both families, with a Calico that is ready for that.
+fn dual_stack() -> Survey {
+    let mut survey = survey();
+    survey.detected.net_conf = crate::discover::net_conf(
+        r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","Backend":{"Type":"vxlan"}}"#,
+    )
+    .ok();
+    survey.detected.template = Some(
+        r#"{"plugins":[{"type":"calico","ipam":{"type":"calico-ipam","assign_ipv4":"true","assign_ipv6":"true"}}]}"#
+            .into(),
+    );
+    survey
+}
+
+fn dual_stack_node(name: &str) -> NodeFacts {
+    let mut node = node(name);
+    let number = name.bytes().next().unwrap();
+    node.pod_cidrs.push(format!("fd00:10:244:{number:x}::/64").parse().unwrap());
+    let data = format!(r#"{{"VNI":1,"VtepMAC":"8e:74:9a:30:26:{number:02x}"}}"#);
+    let annotations =
+        [("backend-v6-data", data), ("public-ipv6", format!("fd00:172::{number:x}"))].into_iter();
+    node.annotations
+        .extend(annotations.map(|(name, value)| (format!("flannel.alpha.coreos.com/{name}"), value)));
+    node
+}
+
+#[test]
+fn a_cluster_of_both_families_is_ready_once_calico_is() {
+    let mut survey = dual_stack();
+    let (verdict, findings) = examine(
+        &survey,
+        &Stated::default(),
+        Strategy::InPlace,
+        &[dual_stack_node("a"), dual_stack_node("b")],
+    );
+    assert!(matches!(verdict, Verdict::Ready(_)), "{findings:?}");
+    // As it is in Calico's stock manifest.
+    if let Ok(calico) = &mut survey.detected.calico[0] {
+        calico.ipv6 = crate::discover::Ipv6::default();
+    }
+    survey.detected.template = detected().template;
+    let (_, findings) = examine(&survey, &Stated::default(), Strategy::InPlace, &[dual_stack_node("a")]);
+    assert_eq!(findings.iter().map(|finding| finding.reason).collect::<Vec<_>>(), ["CalicoWithoutIpv6"]);
+    for what in ["FELIX_IPV6SUPPORT=true", "IP6=autodetect", "assign_ipv6"] {
+        assert!(findings[0].found.contains(what), "{}", findings[0]);
+    }
+}
+
+#[test]
+fn what_flannel_says_of_ipv6_is_judged_as_what_it_says_of_ipv4() {
+    let wrong = |change: fn(&mut NodeFacts)| {
+        let mut node = dual_stack_node("a");
+        change(&mut node);
+        reasons(&dual_stack(), &[node])
+    };
+    let annotate = |node: &mut NodeFacts, name: &str, value: &str| {
+        node.annotations.insert(format!("flannel.alpha.coreos.com/{name}"), value.to_owned());
+    };
+    assert_eq!(wrong(|node| node.pod_cidrs.truncate(1)), ["NodeWithoutPodCidr"]);
+    assert_eq!(wrong(|node| node.pod_cidrs[1] = "fd00::/64".parse().unwrap()), ["PodCidrOutsideNetwork"]);
+    assert_eq!(
+        wrong(|node| node.pod_cidrs[1] = "fd00:10:244::/127".parse().unwrap()),
+        ["NodeNetworkTooSmall"]
+    );
+    let mut node = dual_stack_node("a");
+    annotate(&mut node, "backend-v6-data", "null");
+    assert_eq!(reasons(&dual_stack(), &[node.clone()]), ["NodeNotAnnotatedByFlannel"]);
+    assert!(reasons(&survey(), &[node.clone()]).is_empty(), "without IPv6 nobody asks");
+    annotate(&mut node, "backend-v6-data", r#"{"VNI":4096,"VtepMAC":"8e:74:9a:30:26:61"}"#);
+    assert_eq!(reasons(&dual_stack(), &[node.clone()]), ["AnnotationDiffers"]);
+    annotate(&mut node, "backend-v6-data", r#"{"VNI":1,"VtepMAC":"8e:74:9a:30:26:62"}"#);
+    annotate(&mut node, "public-ipv6", "172.16.0.97");
+    assert_eq!(
+        reasons(&dual_stack(), &[node.clone(), dual_stack_node("b")]),
+        ["VtepNotUnique", "NodeNotAnnotatedByFlannel"]
+    );
+}
+
+#[test]
+fn ipv6_alone_and_canal_with_ipv6_are_refused() {
+    let mut survey = dual_stack();
+    survey.detected.flannel[0].canal = true;
+    assert_eq!(reasons(&survey, &[dual_stack_node("a")]), ["Ipv6Unsupported"]);
+    let mut survey = dual_stack();
+    survey.detected.net_conf = crate::discover::net_conf(
+        r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/56","Backend":{"Type":"vxlan"}}"#,
+    )
+    .ok();
+    assert!(reasons(&survey, &[dual_stack_node("a")]).contains(&"Ipv6Unsupported"));
+}
+
+#[test]
+fn the_pool_and_the_blocks_of_ipv6_are_judged_too() {
+    let mut survey = dual_stack();
+    let wanted = crate::calico::prepare::pool("fd00:10:244::/56".parse().unwrap(), 122, true);
+    survey.datastore.pools = vec![("default-ipv6-ippool".into(), wanted.clone())];
+    survey.datastore.blocks = vec![("fd00:10:244:61::/122".parse().unwrap(), Some("host:a".into()))];
+    assert!(reasons(&survey, &[dual_stack_node("a")]).is_empty());
+    survey.datastore.blocks[0].1 = Some("host:b".into());
+    survey.datastore.pools[0].1.nat_outgoing = Some(false);
+    survey.datastore.pools.push(("mine".into(), wanted));
+    assert_eq!(
+        reasons(&survey, &[dual_stack_node("a")]),
+        ["BlockOfAnotherNode", "PoolDiffers", "PoolOverlaps"]
+    );
+}
+
 #[test]
 fn an_old_api_server_is_told() {
     let mut survey = survey();

@@ -67,6 +67,23 @@ fn configuration(world: &mut World) {
         net_conf(config, |conf| conf["Backend"]["DirectRouting"] = json!(true));
     });
     world.case(&FLANNEL_CONFIG, &[("Ipv6Unsupported", CONFIG)], |config| {
+        net_conf(config, |conf| conf["EnableIPv4"] = json!(false));
+    });
+    // Calico's stock manifest has IPv6 switched off, and these nodes never had it.
+    let both = [
+        ("CalicoWithoutIpv6", "DaemonSet kube-system/calico-node"),
+        ("NodeWithoutPodCidr", "Node n1"),
+        ("NodeWithoutPodCidr", "Node n2"),
+        ("VxlanDeviceMissing", "Node n1"),
+        ("VxlanDeviceMissing", "Node n2"),
+    ];
+    world.case(&FLANNEL_CONFIG, &both, |config| {
+        net_conf(config, |conf| {
+            conf["EnableIPv6"] = json!(true);
+            conf["IPv6Network"] = json!("fd00:10:244::/56");
+        });
+    });
+    world.case(&FLANNEL_CONFIG, &[("NotDetected", CONFIG)], |config| {
         net_conf(config, |conf| conf["EnableIPv6"] = json!(true));
     });
     world.case(&FLANNEL_CONFIG, &[("FlannelConfigUnreadable", CONFIG)], |config| {

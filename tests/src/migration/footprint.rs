@@ -184,6 +184,7 @@ impl Chance {
         };
         let octets = if network.ends_with("/8") { 1 } else { 2 };
         for (pattern, instead) in [
+            (format!(r"\bfd00:172:31:{index:x}::/64"), "<nodes>"),
             (format!(r"172\.31\.{index}\.1\b|fd00:172:31:{index:x}::1\b"), "<gateway>"),
             (format!(r"172\.31\.{index}\.2\b"), "<control>"),
             (format!(r"(172\.31\.{index}|fd00:172:31:{index:x}:)[.:][0-9a-f]+\b"), "<node>"),

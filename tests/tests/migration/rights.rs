@@ -21,6 +21,7 @@ const UNUSED: &[(&str, &str, &str, &str)] = &[
     (CONTROLLER, "patch", "events", "what happens again is counted in the event that is there"),
     (CONTROLLER, "patch", "felixconfigurations", "one that is there already is completed"),
     (CONTROLLER, "delete", "felixconfigurations", "with Canal, a node's own is made and removed"),
+    (CONTROLLER, "get", "ippools", "Canal's pool is looked at, and a rollback's"),
     (CONTROLLER, "patch", "ippools", "Canal's pool becomes the cluster's"),
     (CONTROLLER, "delete", "ippools", "Canal's pool of another network makes room"),
     (CONTROLLER, "get", "blockaffinities", "one that isn't as it must be is looked at"),

@@ -69,7 +69,8 @@ fn host(bed: &Bed, node: &str) -> BTreeMap<String, String> {
             "settings",
             "for d in /proc/sys/net/ipv4/conf/*; do echo ${d##*/} $(cat $d/rp_filter $d/proxy_arp $d/forwarding); done",
         ),
-        ("configs", "cd /etc/cni/net.d && for f in *; do echo == $f; cat $f; done"),
+        // The token of Canal's plugin is another one after each start.
+        ("configs", "cd /etc/cni/net.d && for f in *; do echo == $f; sed '/ token: /d' $f; done"),
         (
             "reservations",
             // In Canal only some of them are there.
@@ -131,6 +132,15 @@ fn compare(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>, 
     }
 }
 
+/// Links that were just made ask around for a second whether their IPv6 addresses are free, and have no routes until then.
+fn settled(bed: &Bed) {
+    run::wait_for("every link has its addresses", Duration::from_secs(30), || {
+        let asking = |node| bed.exec(node, &["ip", "-o", "-6", "address", "show", "tentative"]);
+        Ok(asking("n1")?.is_empty() && asking("n2")?.is_empty())
+    })
+    .unwrap();
+}
+
 fn hosts(bed: &Bed) -> BTreeMap<String, BTreeMap<String, String>> {
     ["n1", "n2"].into_iter().map(|node| (node.to_owned(), host(bed, node))).collect()
 }
@@ -171,6 +181,7 @@ fn goes_back(name: &str, shape: Shape) {
         "--timeout=120s",
     ])
     .unwrap();
+    settled(bed);
     let (hosts_before, objects_before, pods_before) =
         (hosts(bed), objects(bed), pods::identities(bed).unwrap());
     let prober = Prober::start(
@@ -263,6 +274,7 @@ fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
     deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
     let rollout = ["-n", "kube-system", "rollout", "status", "deployment/calico-kube-controllers"];
     bed.kubectl(&[&rollout[..], &["--timeout=120s"]].concat()).unwrap();
+    settled(bed);
     let shown = |node: &str| {
         let mut picture = host(bed, node);
         picture.retain(|what, _| !["rules", "sets"].contains(&what.as_str()));

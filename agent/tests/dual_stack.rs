@@ -10,18 +10,10 @@ use std::time::Duration;
 
 use flannel_migration_agent::echo::echo;
 use flannel_migration_agent::host::{connections, netns};
-use flannel_migration_agent::journal::{Journal, Progress};
 use flannel_migration_agent::steps::{Op, apply, bridge, detour, undo};
 use flannel_migration_agent::{calicos, probe, work};
 use flannel_migration_protocol::State;
-use world::probers::Probers;
 use world::{World, sh, six};
-
-fn none_lost(probers: Probers, what: &str) {
-    let (sent, lost, text) = probers.stop();
-    println!("{what}: {lost} of {sent} lost; {text}");
-    assert_eq!(lost, 0, "{what}: {lost} of {sent} lost: {text}");
-}
 
 fn reaches(from: &str, to: IpAddr) -> bool {
     netns::run(&Path::new("/run/netns").join(from), || echo(to, 84, Duration::from_secs(3)).is_ok()).unwrap()
@@ -48,7 +40,7 @@ fn pods_of_both_families_change_over_and_back_while_they_talk() {
         assert_eq!(ways.len(), 1, "{inside}");
         assert!(ways[0].starts_with("default via fe80:"), "{inside}");
     }
-    none_lost(probers, "there");
+    probers.none_lost("there");
     for pod in &world.pods {
         // The host answers for the pod's gateway also when nobody has told the pod where it is.
         sh(&format!("ip -n {} -6 neigh flush dev eth0 nud all", pod.netns));
@@ -57,7 +49,7 @@ fn pods_of_both_families_change_over_and_back_while_they_talk() {
 
     let probers = world.probe(Duration::from_millis(5), 5);
     world.inside(|| undo(&mut journal, &site).unwrap());
-    none_lost(probers, "back");
+    probers.none_lost("back");
     world.assert_same(&before, "after the undo");
 }
 
@@ -68,7 +60,7 @@ fn the_pods_of_a_full_node_change_over_while_they_talk() {
     let site = world.site(true);
     let probers = world.probe(Duration::from_millis(20), 4);
     world.switch(&mut journal, &site);
-    none_lost(probers, "full");
+    probers.none_lost("full");
 }
 
 #[test]
@@ -88,14 +80,14 @@ fn peers_pods_of_any_block_are_reached_while_felix_takes_over_and_when_the_node_
          ip -n {node} -6 route add fd00:10:244:2::/122 via fd00:10:244:2:: dev vxlan-v6.calico onlink
          ip -n {node} -6 route add blackhole fd00:10:244:1::/122 proto 80"
     ));
-    none_lost(probers, "Felix");
+    probers.none_lost("Felix");
 
     let probers = world.probe(Duration::from_millis(5), 3);
     world.inside(|| {
         calicos::make_way(&journal).unwrap();
         undo(&mut journal, &site).unwrap();
     });
-    none_lost(probers, "back");
+    probers.none_lost("back");
     world.assert_same(&before, "after the undo");
 
     world.switch(&mut journal, &site);
@@ -256,10 +248,10 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
     let mut journal = world.captured(false);
     let site = world.site(false);
     world.switch(&mut journal, &site);
-    none_lost(world.probe(Duration::from_millis(10), 3), "there");
+    world.probe(Duration::from_millis(10), 3).none_lost("there");
     world.inside(|| undo(&mut journal, &site).unwrap());
     std::thread::sleep(Duration::from_millis(1500));
-    none_lost(world.probe(Duration::from_millis(10), 3), "back");
+    world.probe(Duration::from_millis(10), 3).none_lost("back");
     world.assert_same(&before, "after the undo");
 }
 
@@ -267,29 +259,7 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
 fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with() {
     let world = World::dual(2);
     six::ask_nobody(&world);
-    let before = world.snapshot();
-    for live in [true, false] {
-        let site = world.site(live);
-        for (done, last) in Op::SWITCH.into_iter().chain(Op::CLEAN).enumerate() {
-            let mut journal = world.captured(live);
-            for op in Op::SWITCH.into_iter().chain(Op::CLEAN).take(done + 1) {
-                world.inside(|| apply(&mut journal, &site, op).unwrap());
-            }
-            journal.note(last, Progress::Begun).unwrap();
-            drop(journal);
-            let mut journal = Journal::open(&world.path("journal"), "n1").unwrap();
-            world.inside(|| apply(&mut journal, &site, last).unwrap());
-            world.inside(|| undo(&mut journal, &site).unwrap());
-            world.assert_same(&before, &format!("undo after {}", last.as_str()));
-            // An undo that was cut short is repeated.
-            for op in Op::SWITCH.into_iter().chain(Op::CLEAN).take(done + 1) {
-                journal.note(op, Progress::Begun).unwrap();
-            }
-            world.inside(|| undo(&mut journal, &site).unwrap());
-            world.assert_same(&before, &format!("second undo after {}", last.as_str()));
-            std::fs::remove_dir_all(world.path("journal")).unwrap();
-        }
-    }
+    world.crash_everywhere();
 }
 
 #[test]

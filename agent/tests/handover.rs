@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use flannel_migration_agent::echo::Echo;
 use flannel_migration_agent::host::{connections, netns};
-use flannel_migration_agent::journal::{Journal, Progress};
+use flannel_migration_agent::journal::Journal;
 use flannel_migration_agent::steps::{Op, apply, bridge, detour, undo};
 use world::{World, sh};
 
@@ -37,17 +37,13 @@ fn pods_change_over_and_back_while_they_talk() {
             ["default via 169.254.1.1 dev eth0", "169.254.1.1 dev eth0 scope link"]
         );
     }
-    let (sent, lost, text) = probers.stop();
-    println!("there: {lost} of {sent} lost; {text}");
-    assert_eq!(lost, 0, "{lost} of {sent} lost: {text}");
+    probers.none_lost("there");
 
     let probers = world.probe(Duration::from_millis(5), 5);
     let started = Instant::now();
     world.inside(|| undo(&mut journal, &site).unwrap());
     println!("undo of {} pods: {:?}", world.pods.len(), started.elapsed());
-    let (sent, lost, text) = probers.stop();
-    println!("back: {lost} of {sent} lost; {text}");
-    assert_eq!(lost, 0, "{lost} of {sent} lost: {text}");
+    probers.none_lost("back");
     world.assert_same(&before, "after the undo");
 }
 
@@ -176,43 +172,13 @@ fn a_kernel_that_renames_no_link_that_is_up_gets_all_back_in_the_same_call() {
     // Each link is down for the time of one system call. Pods then ask anew for each other's hardware address, and repeat a
     // question that met a link that was down after a second: so much is lost at most, and then nothing any more.
     std::thread::sleep(Duration::from_millis(1500));
-    let (sent, lost, text) = world.probe(Duration::from_millis(10), 3).stop();
-    assert_eq!(lost, 0, "{lost} of {sent} lost afterwards: {text}");
+    world.probe(Duration::from_millis(10), 3).none_lost("afterwards");
     world.assert_same(&before, "after the undo");
 }
 
 #[test]
 fn a_crash_after_any_operation_or_in_the_middle_of_it_is_undone_or_gone_on_with() {
-    let world = World::new(2);
-    let before = world.snapshot();
-    for live in [true, false] {
-        let site = world.site(live);
-        for (done, last) in Op::SWITCH.into_iter().chain(Op::CLEAN).enumerate() {
-            let mut journal = world.captured(live);
-            for op in Op::SWITCH.into_iter().chain(Op::CLEAN).take(done + 1) {
-                world.inside(|| apply(&mut journal, &site, op).unwrap());
-            }
-            // A crash before "done" was noted: all of it may have happened, and it must happen again or be undone.
-            journal.note(last, Progress::Begun).unwrap();
-            drop(journal);
-            let mut journal = Journal::open(&world.path("journal"), "n1").unwrap();
-            world.inside(|| apply(&mut journal, &site, last).unwrap());
-            journal.note(last, Progress::Begun).unwrap();
-            if let Some(next) = Op::SWITCH.into_iter().chain(Op::CLEAN).nth(done + 1) {
-                // A crash right after "begun" was noted: nothing of it may have happened.
-                journal.note(next, Progress::Begun).unwrap();
-            }
-            world.inside(|| undo(&mut journal, &site).unwrap());
-            world.assert_same(&before, &format!("undo after {}", last.as_str()));
-            // An undo that was cut short is repeated.
-            for op in Op::SWITCH.into_iter().chain(Op::CLEAN).take(done + 1) {
-                journal.note(op, Progress::Begun).unwrap();
-            }
-            world.inside(|| undo(&mut journal, &site).unwrap());
-            world.assert_same(&before, &format!("second undo after {}", last.as_str()));
-            std::fs::remove_dir_all(world.path("journal")).unwrap();
-        }
-    }
+    World::new(2).crash_everywhere();
 }
 
 #[test]
@@ -298,7 +264,5 @@ fn the_pods_of_a_full_node_change_over_while_they_talk() {
     let site = world.site(true);
     let probers = world.probe(Duration::from_millis(20), 4);
     world.switch(&mut journal, &site);
-    let (sent, lost, text) = probers.stop();
-    println!("{lost} of {sent} lost; {text}");
-    assert_eq!(lost, 0, "{lost} of {sent} lost: {text}");
+    probers.none_lost("full");
 }

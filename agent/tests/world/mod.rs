@@ -11,6 +11,7 @@
 )]
 
 pub mod connection;
+pub mod crashes;
 pub mod probers;
 pub mod six;
 

@@ -105,6 +105,13 @@ fn flow(name: &str, to: IpAddr, interval: Duration, stop: &AtomicBool) -> Flow {
 }
 
 impl Probers {
+    /// Stops; nothing may have been lost.
+    pub fn none_lost(self, what: &str) {
+        let (sent, lost, text) = self.stop();
+        println!("{what}: {lost} of {sent} lost; {text}");
+        assert_eq!(lost, 0, "{what}: {lost} of {sent} lost: {text}");
+    }
+
     /// Stops them: sent, lost, and a line per flow that lost something.
     pub fn stop(self) -> (usize, usize, String) {
         std::thread::sleep(Duration::from_millis(300));

@@ -2,7 +2,6 @@
 //! a node's share is too large to be made blocks as a whole. So pods are followed, and where their addresses come near the end of what a
 //! node was given, it is given more.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -11,7 +10,6 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use ipnet::IpNet;
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::api::{Api, ObjectMeta};
@@ -35,7 +33,8 @@ use crate::preflight::nodes::untouched;
 const RETRY: Duration = Duration::from_secs(2);
 
 /// A Pod as far as it is read here.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, kube::Resource)]
+#[resource(inherit = Pod)]
 struct Addressed {
     metadata: ObjectMeta,
     #[serde(default)]
@@ -61,35 +60,6 @@ struct Status {
 #[derive(Clone, Debug, Deserialize)]
 struct PodIp {
     ip: String,
-}
-
-impl kube::Resource for Addressed {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        "Pod".into()
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        "".into()
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        "pods".into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
 }
 
 impl Addressed {

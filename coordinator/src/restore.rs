@@ -19,20 +19,13 @@ use crate::cluster::Node;
 use crate::node::{Error, Steps};
 use crate::{images, selectors};
 
-/// Keys of the coordinator's on nodes, and Calico's that it wrote there.
-const NODE_KEYS: [&str; 11] = [
-    keys::NETWORK,
-    keys::LEASE,
-    keys::GRANT,
-    keys::CORDONED,
-    keys::FAILURES,
-    names::TUNNEL_ADDRESS,
-    names::TUNNEL_ADDRESS_V6,
-    names::TUNNEL_MAC,
-    names::TUNNEL_MAC_V6,
-    names::NODE_ADDRESS,
-    names::NODE_ADDRESS_V6,
-];
+/// Keys of the coordinator's on nodes.
+const NODE_KEYS: [&str; 5] = [keys::NETWORK, keys::LEASE, keys::GRANT, keys::CORDONED, keys::FAILURES];
+
+// Also Calico's, that it wrote there.
+fn is_taken_back(key: &str) -> bool {
+    NODE_KEYS.contains(&key) || names::ON_NODES.contains(&key)
+}
 
 /// Takes everything back. Every node must be flannel's.
 pub async fn restore(steps: &Steps, pools: &Pools) -> Result<(), Error> {
@@ -64,10 +57,7 @@ async fn clean(writer: &Writer, node: &str) -> Result<()> {
     let what = format!("clean node {node}");
     let Some(now) = found(read(what.as_str(), nodes.get(node)).await)? else { return Ok(()) };
     let gone = |present: &mut dyn Iterator<Item = &String>| -> Map<String, Value> {
-        present
-            .filter(|key| NODE_KEYS.contains(&key.as_str()))
-            .map(|key| (key.clone(), Value::Null))
-            .collect()
+        present.filter(|key| is_taken_back(key)).map(|key| (key.clone(), Value::Null)).collect()
     };
     let (labels, annotations) = (gone(&mut now.labels().keys()), gone(&mut now.annotations().keys()));
     if labels.is_empty() && annotations.is_empty() {

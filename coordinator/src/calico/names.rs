@@ -33,6 +33,9 @@ pub const TUNNEL_ADDRESS_V6: &str = "projectcalico.org/IPv6VXLANTunnelAddr";
 pub const TUNNEL_MAC_V6: &str = "projectcalico.org/VXLANTunnelMACAddrV6";
 /// Node annotation: the node's own IPv6 address with prefix length.
 pub const NODE_ADDRESS_V6: &str = "projectcalico.org/IPv6Address";
+/// All of these annotations of nodes.
+pub const ON_NODES: [&str; 6] =
+    [TUNNEL_ADDRESS, TUNNEL_MAC, NODE_ADDRESS, TUNNEL_ADDRESS_V6, TUNNEL_MAC_V6, NODE_ADDRESS_V6];
 
 /// Longest name of an object that Calico shortens to.
 const LONGEST: usize = 253;

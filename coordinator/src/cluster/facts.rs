@@ -1,12 +1,11 @@
 //! What is read of a Node, and what decisions depend on of it.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use flannel_migration_protocol::{NodeView, keys};
 use ipnet::IpNet;
-use k8s_openapi::ClusterResourceScope;
+use k8s_openapi::api::core::v1::Node as ApiNode;
 use kube::ResourceExt as _;
 use kube::api::ObjectMeta;
 use serde::{Deserialize, Deserializer};
@@ -17,7 +16,8 @@ use crate::calico::names;
 
 /// A Node as far as it is read. Most of a real one are the images that the kubelet reports and who wrote which field: that is skipped
 /// while the text is parsed.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, kube::Resource)]
+#[resource(inherit = ApiNode)]
 pub struct Node {
     #[serde(deserialize_with = "metadata")]
     metadata: ObjectMeta,
@@ -72,35 +72,6 @@ fn metadata<'de, D: Deserializer<'de>>(from: D) -> Result<ObjectMeta, D::Error> 
     Ok(ObjectMeta { name, resource_version, labels, annotations, ..ObjectMeta::default() })
 }
 
-impl kube::Resource for Node {
-    type DynamicType = ();
-    type Scope = ClusterResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        "Node".into()
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        "".into()
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        "nodes".into()
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
-}
-
 /// A node, as far as decisions depend on it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own that the API server reports")]
@@ -134,22 +105,13 @@ pub struct NodeFacts {
 /// The names of flannel's annotations, under whatever prefix.
 const FLANNELS: [&str; 6] =
     ["backend-type", "backend-data", "backend-v6-data", "public-ip", "public-ipv6", SUBNET_MANAGER];
-/// Calico's annotations.
-const CALICOS: [&str; 6] = [
-    names::TUNNEL_ADDRESS,
-    names::TUNNEL_ADDRESS_V6,
-    names::TUNNEL_MAC,
-    names::TUNNEL_MAC_V6,
-    names::NODE_ADDRESS,
-    names::NODE_ADDRESS_V6,
-];
 /// The annotation of every node in flannel's network.
 const SUBNET_MANAGER: &str = "kube-subnet-manager";
 
 /// Whether an annotation is read as it is. What the protocol's keys say is in the view, and nothing is kept twice.
 fn is_read(annotation: &str) -> bool {
     let flannels = annotation.rsplit_once('/').is_some_and(|(_, name)| FLANNELS.contains(&name));
-    flannels || CALICOS.contains(&annotation)
+    flannels || names::ON_NODES.contains(&annotation)
 }
 
 impl NodeFacts {

@@ -23,8 +23,8 @@ use crate::names;
 
 /// Bound of one call. A healthy API server answers in milliseconds; a lost connection never does.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(15);
-/// How many calls of one client are under way at once. Each has a connection of its own with its buffers: hundreds of nodes in change would
-/// cost more memory than all else, and the API server answers none the faster.
+/// How many calls of one client are under way at once. With 500 nodes of 5,000 in change and no bound, a node cost 27.9 requests and 6.4 ms of
+/// processor time; with it 18.5 and 3.8 (`hack/bench scale`).
 const AT_ONCE: usize = 32;
 /// How often a write that lost a race is tried again on the new version.
 pub const CONFLICT_RETRIES: u32 = 20;

@@ -73,8 +73,7 @@ pub fn floor(kept: &Kept) -> String {
     );
     text.push_str(
         "\nFor the second column calico-node's pods are deleted on the migrated cluster, one node after another or all at once, and \
-         become ready again, with the same traffic and nothing of ours at work. Programs that answer wait for a processor meanwhile; \
-         what kernels answer doesn't.\n",
+         become ready again, with the same traffic and nothing of ours at work.\n",
     );
     text
 }

@@ -15,15 +15,13 @@ struct Goal {
 }
 
 /// What keeps goals from being reached.
-pub const WHY_NOT: &str = "\nWhere a goal isn't reached:\n\n\
-- The longest gap is that of flows that programs answer. They wait for a processor while calico-node starts, without any migration too (\"The floor\" below); flows that \
-kernels answer show what the switch itself costs.\n\
-- Of the API writes, eight make the node's four blocks with their affinities (a /24 has four of Calico's /26; Calico's own controller makes ten of them for the same), one \
-per adopted pod its handle, three the reservation of the bridge's address for as long as connections use it; some four are made once in a cluster, and are counted \
-as a third each here; the rest, about eight of the agent's and six of the coordinator's, are the protocol: every state is told before it is acted on.\n\
-- The coordinator's processor time is a node's work times the nodes in a second: simulated agents take some twenty milliseconds where real ones wait seconds for calico-node. Ten \
-real nodes at a time, of 4 s each, are two or three in a second.\n\
-- `drain` waits for pods to end and for their successors to be ready: three quarters of its time are the kubelet's.\n";
+pub const WHY_NOT: &str = "\nTo read where a goal isn't reached:\n\n\
+- The longest gap is that of all flows; those that programs answer need a processor for that. \"The floor\" below has both kinds apart, beside the same gaps at a start of \
+calico-node without any migration.\n\
+- Of the API writes, eight make the node's four blocks with their affinities (a /24 has four of Calico's /26), one per adopted pod is its handle, and some are made once \
+in a cluster, and are counted as a third each here; \"Writes to the API server\" has them all.\n\
+- The coordinator's processor time is a node's work times the nodes in a second: simulated agents have nothing to do, where real ones wait seconds for calico-node.\n\
+- What `drain` waits for is in \"Where a node's time goes\".\n";
 
 /// One line per goal.
 pub fn table_of(kept: &Kept) -> String {

@@ -7,11 +7,15 @@ use flannel_migration_tests::{
     migration::{self, Job, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL, checks, pods},
     probe::{Options, Prober, Report, Workloads, deploy_to},
     run,
+    scratch::Scratch,
     shape::{Layout, NodeShape, Shape},
 };
 use serde_json::{Value, json};
 
-use super::{authority, bed, items, label, look, moment, settings::coordinator, table::connected};
+use super::{
+    authority, bed, complete, expect_migrated, items, label, look, moment, settings::coordinator,
+    table::connected,
+};
 
 /// The administrator's command, from outside the cluster.
 pub fn command(bed: &Bed, args: &[&str]) -> String {
@@ -168,34 +172,38 @@ fn a_cluster_of_both_families_goes_back_to_flannel_from_half_way_and_from_the_en
     goes_back("m-rollback6", Shape { nodes: NodeShape::numbered(2), dual_stack: true, ..Shape::default() });
 }
 
-fn goes_back(name: &str, shape: Shape) {
+/// A cluster whose workloads run, with nothing that is still on its way.
+fn at_work(name: &str, shape: Shape) -> Scratch {
     let scratch = bed(name, shape);
     let bed = &scratch.bed;
     deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
-    bed.kubectl(&[
-        "-n",
-        "kube-system",
-        "rollout",
-        "status",
-        "deployment/calico-kube-controllers",
-        "--timeout=120s",
-    ])
-    .unwrap();
+    let rollout = ["-n", "kube-system", "rollout", "status", "deployment/calico-kube-controllers"];
+    bed.kubectl(&[&rollout[..], &["--timeout=120s"]].concat()).unwrap();
     settled(bed);
-    let (hosts_before, objects_before, pods_before) =
-        (hosts(bed), objects(bed), pods::identities(bed).unwrap());
+    scratch
+}
+
+/// Starts a migration in place under traffic. The coordinator's own node, the second, is the last one.
+fn start(bed: &Bed) -> Prober {
     let prober = Prober::start(
         bed.site().unwrap(),
         Options { interval: Duration::from_millis(20), ..Options::default() },
     )
     .unwrap();
-
-    // Half way: the first node ends what it began, the second isn't started.
-    // The coordinator's own node is the last one.
     migration::apply_with(bed, &[("STRATEGY", "in-place")], |job| {
         job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = json!("n2");
     })
     .unwrap();
+    prober
+}
+
+fn goes_back(name: &str, shape: Shape) {
+    let scratch = at_work(name, shape);
+    let bed = &scratch.bed;
+    let (hosts_before, objects_before, pods_before) =
+        (hosts(bed), objects(bed), pods::identities(bed).unwrap());
+    let prober = start(bed);
+    // Half way: the first node ends what it began, the second isn't started.
     moment(bed, "n1", &["preparing", "prepared", "switching", "verifying"]);
     command(bed, &["pause"]);
     wait_rest(bed, "n1", "calico");
@@ -269,12 +277,8 @@ fn goes_back(name: &str, shape: Shape) {
 #[test]
 fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
     let shape = Shape { nodes: NodeShape::numbered(2), layout: Layout::Canal, ..Shape::default() };
-    let scratch = bed("m-canal-back", shape);
+    let scratch = at_work("m-canal-back", shape);
     let bed = &scratch.bed;
-    deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
-    let rollout = ["-n", "kube-system", "rollout", "status", "deployment/calico-kube-controllers"];
-    bed.kubectl(&[&rollout[..], &["--timeout=120s"]].concat()).unwrap();
-    settled(bed);
     let shown = |node: &str| {
         let mut picture = host(bed, node);
         picture.retain(|what, _| !["rules", "sets"].contains(&what.as_str()));
@@ -287,15 +291,7 @@ fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
     };
     let (objects_before, pods_before) = (kept(), pods::identities(bed).unwrap());
     let before = ["n1", "n2"].map(|node| (node, shown(node)));
-    let prober = Prober::start(
-        bed.site().unwrap(),
-        Options { interval: Duration::from_millis(20), ..Options::default() },
-    )
-    .unwrap();
-    migration::apply_with(bed, &[("STRATEGY", "in-place")], |job| {
-        job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = json!("n2");
-    })
-    .unwrap();
+    let prober = start(bed);
     for (last, when) in [("n1", "half way"), ("n2", "the end")] {
         moment(bed, last, &["preparing", "prepared", "switching", "verifying"]);
         command(bed, &["pause"]);
@@ -313,11 +309,10 @@ fn canal_goes_back_from_half_way_and_from_the_end_as_it_was_before() {
         }
         command(bed, &["resume"]);
     }
-    run::wait_for("the Job completes", Duration::from_mins(2), || Ok(migration::job(bed)? == Job::Complete))
-        .unwrap_or_else(|error| panic!("{error:#}\n{}", log(bed)));
+    complete(bed, Duration::from_mins(2));
     expect_connected(&prober);
     prober.stop().unwrap();
-    super::expect_migrated(bed);
+    expect_migrated(bed);
 }
 
 fn abort(bed: &Bed, prober: &Prober) {

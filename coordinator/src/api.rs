@@ -172,7 +172,9 @@ pub struct Writer {
     /// The client; reads don't need the leadership.
     pub client: Client,
     leadership: Leadership,
-    recorder: Recorder,
+    reporter: Reporter,
+    /// Of warnings: it remembers each for minutes, to count one that is told again instead of telling it anew.
+    warner: Recorder,
     job: Arc<OnceLock<ObjectReference>>,
 }
 
@@ -181,7 +183,8 @@ impl Writer {
     #[must_use]
     pub fn new(client: Client, leadership: Leadership, instance: Option<String>) -> Self {
         let reporter = Reporter { controller: names::FIELD_MANAGER.to_owned(), instance };
-        Self { recorder: Recorder::new(client.clone(), reporter), client, leadership, job: Arc::default() }
+        let warner = Recorder::new(client.clone(), reporter.clone());
+        Self { client, leadership, reporter, warner, job: Arc::default() }
     }
 
     /// Whether a write may start now.
@@ -268,7 +271,12 @@ impl Writer {
             action: "Migrate".to_owned(),
             secondary: None,
         };
-        let told = tokio::time::timeout(CALL_TIMEOUT, self.recorder.publish(&event, about)).await;
+        // What goes well is told once: of thousands of nodes there is nothing to be remembered.
+        let recorder = match event.type_ {
+            EventType::Normal => &Recorder::new(self.client.clone(), self.reporter.clone()),
+            EventType::Warning => &self.warner,
+        };
+        let told = tokio::time::timeout(CALL_TIMEOUT, recorder.publish(&event, about)).await;
         if !matches!(told, Ok(Ok(()))) {
             debug!(about = about.name, reason, ?told, "event not recorded");
         }

@@ -42,8 +42,10 @@ impl Steps {
             if self.settings.flannel.canal {
                 canal::hold(&self.writer, node).await?;
             }
+            let turn = self.turns.acquire().await;
             let ipam = ipam::Ipam::new(self.writer.clone());
             let freed = ipam.release_pods(node, &facts.pod_cidrs, &self.blocks(&facts)).await?;
+            drop(turn);
             info!(
                 node,
                 epoch = epoch.get(),

@@ -1,15 +1,17 @@
-//! The steps of one node as effects: each reads the node afresh, checks that the step still applies, and writes with the version read.
+//! The steps of one node as effects: each checks that it still applies, and writes with the version of the node that it decided by.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Epoch, Evict, Goal, Grant, Network, State, Strategy};
 use kube::api::Api;
 use kube::runtime::events::EventType;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
-use crate::api::{self, CONFLICT_RETRIES, Writer, found, read};
+use crate::api::{self, Writer, found, read};
 use crate::args::Policy;
 use crate::calico::layout::Layout;
 use crate::calico::stock::Stock;
@@ -61,7 +63,7 @@ impl Error {
 pub struct Steps {
     /// The cluster's writer.
     pub writer: Writer,
-    /// The watched nodes, to be told what was written.
+    /// The watched nodes, to be told what was read and written.
     pub nodes: Nodes,
     /// What holds.
     pub settings: Settings,
@@ -73,7 +75,12 @@ pub struct Steps {
     pub board: Board,
     /// What an administrator asks of the whole cluster.
     pub requests: Requests,
+    /// Nodes take turns at what belongs to their pods in Calico's IPAM: whoever waits doesn't hold blocks and calls in memory meanwhile.
+    pub turns: Arc<Semaphore>,
 }
+
+/// How many nodes have their turn at once; one may have many pods, and their handles are written side by side.
+pub const TURNS: usize = 8;
 
 impl Steps {
     /// Does one step.
@@ -91,37 +98,14 @@ impl Steps {
         }
     }
 
-    /// Reads the node and writes what `patch` says, again and again while others write in between. `None`: the node is gone, or
-    /// `patch` finds that nothing is to be written any more.
+    /// Writes what `patch` says of the node, by the version that it decided by.
     pub(crate) async fn swap(
         &self,
         node: &str,
         what: &str,
         patch: impl Fn(&NodeFacts) -> Option<Value>,
     ) -> Result<Option<NodeFacts>, api::Error> {
-        let nodes: Api<Node> = Api::all(self.writer.client.clone());
-        let what = format!("{what} (node {node})");
-        let mut last = None;
-        for _ in 0..CONFLICT_RETRIES {
-            let Some(now) = found(read(what.as_str(), nodes.get(node)).await)? else { return Ok(None) };
-            let facts = NodeFacts::from(&now);
-            let Some(mut patch) = patch(&facts) else { return Ok(None) };
-            if let Some(metadata) =
-                patch.as_object_mut().map(|patch| patch.entry("metadata").or_insert_with(|| json!({})))
-            {
-                metadata["resourceVersion"] = facts.version.clone().into();
-            }
-            match self.writer.merge(what.as_str(), &nodes, node, &patch).await {
-                Ok(written) => {
-                    let written = NodeFacts::from(&written);
-                    self.nodes.wrote(written.clone());
-                    return Ok(Some(written));
-                }
-                Err(error) if error.is_conflict() => last = Some(error),
-                Err(error) => return Err(error),
-            }
-        }
-        Err(last.unwrap_or(api::Error::Timeout { what }))
+        self.nodes.swap(&self.writer, node, what, patch).await
     }
 
     async fn enrol(&self, node: &str) -> Result<(), Error> {
@@ -277,6 +261,7 @@ impl Steps {
     }
 
     async fn register(&self, node: &str) -> Result<(), Error> {
+        let turn = self.turns.acquire().await;
         let Some(facts) = self.look(node, &[State::Verifying]).await? else { return Ok(()) };
         let Some(epoch) = facts.view.granted().map(|grant| grant.epoch) else { return Ok(()) };
         let Some(adopted) = facts.view.adopted.get() else {
@@ -296,6 +281,7 @@ impl Steps {
         ipam.claim_more(node, &of_pods).await?;
         let blocks = [self.blocks(&facts), of_pods].concat();
         ipam.register(node, &blocks, adopted, kept).await?;
+        drop(turn);
         if self.settings.flannel.canal {
             canal::release(&self.writer, node).await?;
         }
@@ -353,6 +339,9 @@ impl Steps {
         let nodes: Api<Node> = Api::all(self.writer.client.clone());
         let facts = found(read(format!("read node {node}"), nodes.get(node)).await)?
             .map(|node| NodeFacts::from(&node));
+        if let Some(facts) = &facts {
+            self.nodes.learnt(facts.clone());
+        }
         Ok(facts.filter(|facts| facts.view.answered().is_some_and(|state| states.contains(&state))))
     }
 

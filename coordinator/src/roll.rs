@@ -44,6 +44,7 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
     let mut granting: BTreeSet<String> = BTreeSet::new();
     let mut leases: BTreeMap<String, (Epoch, Instant)> = BTreeMap::new();
     let mut told: Told = Told::default();
+    let shared = Arc::new(steps.clone());
     let started = Instant::now();
     let mut tied = Instant::now();
     loop {
@@ -86,7 +87,7 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
                 if matches!(action.step, Step::Grant { .. }) {
                     granting.insert(action.node.clone());
                 }
-                let (steps, action) = (steps.clone(), action.clone());
+                let (steps, action) = (Arc::clone(&shared), action.clone());
                 tasks.spawn(async move {
                     let began = Instant::now();
                     let result = steps.run(&action.node, &action.step).await;

@@ -9,6 +9,7 @@ use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use kube::Client;
 use prometheus_client::registry::Registry;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
@@ -18,7 +19,7 @@ use crate::calico::layout::Layout;
 use crate::calico::prepare::Pools;
 use crate::calico::stock::Stock;
 use crate::calico::{announced, canal, prepare};
-use crate::cluster::{NodeFacts, Nodes};
+use crate::cluster::Nodes;
 use crate::finish::{self, Record};
 use crate::leader::Candidate;
 use crate::metrics::{self, Metrics};
@@ -207,6 +208,7 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             layout,
             board: stage.board.clone(),
             requests: requests.clone(),
+            turns: Arc::new(Semaphore::new(node::TURNS)),
         };
         let end = tokio::select! {
             end = roll::roll(&steps, options.node_name.as_deref(), winding) => end?,
@@ -310,29 +312,35 @@ async fn prepared(
     (layout, pools): (&Layout, &Pools),
 ) -> Result<(), Error> {
     let writer = stage.writer;
-    let all = nodes.all();
-    let untouched: Vec<&Arc<NodeFacts>> = all.iter().filter(|node| untouched(node)).collect();
+    // By name: every node becomes another version, and all of both at once would be most of the memory.
+    let (in_use, untouched) = {
+        let all = nodes.all();
+        let untouched = all.iter().filter(|node| untouched(node)).map(|node| node.name.clone());
+        (calico_in_use(&all), untouched.collect::<Vec<String>>())
+    };
     if settings.flannel.canal {
         for node in &untouched {
-            canal::hold(writer, &node.name).await?;
+            canal::hold(writer, node).await?;
         }
-        if !calico_in_use(&all) {
+        if !in_use {
             canal::pool(writer, pools).await?;
         }
     }
-    prepare::cluster(writer, settings, pools, calico_in_use(&all)).await?;
+    prepare::cluster(writer, settings, pools, in_use).await?;
 
     let stock = if untouched.is_empty() { Stock::default() } else { Stock::read(&writer.client).await? };
     let addresses =
         if settings.dual_stack() { ahead::addresses(&writer.client).await? } else { BTreeMap::new() };
-    let none = BTreeSet::new();
-    stream::iter(untouched.iter().map(|node| async {
+    let no_addresses = BTreeSet::new();
+    stream::iter(untouched.iter().map(|name| async {
+        // Gone since: there is nothing to prepare.
+        let Some(node) = nodes.get(name) else { return Ok(()) };
         let networks = settings.networks();
-        let flannel = announced::flannel_node(node, &settings.flannel.annotation_prefix, networks)
+        let flannel = announced::flannel_node(&node, &settings.flannel.annotation_prefix, networks)
             .map_err(Error::Findings)?;
-        let needs = (layout, addresses.get(&node.name).unwrap_or(&none));
-        if let Some(written) = prepare::node(writer, node, &flannel, needs, &stock).await? {
-            nodes.wrote(written);
+        let needs = (layout, addresses.get(name).unwrap_or(&no_addresses));
+        if let Some(written) = prepare::node(writer, &node, &flannel, needs, &stock).await? {
+            nodes.learnt(written);
         }
         Ok::<(), Error>(())
     }))
@@ -340,9 +348,13 @@ async fn prepared(
     .try_collect::<()>()
     .await?;
 
-    let names: Vec<String> = untouched.iter().map(|node| node.name.clone()).collect();
-    images::pull(writer, &settings.calico, &names, options.policy.image_timeout).await?;
+    images::pull(writer, &settings.calico, &untouched, options.policy.image_timeout).await?;
     selectors::tie_flannel(writer, &settings.flannel.daemon_set).await?;
-    info!(step = "prepare", nodes = all.len(), untouched = untouched.len(), "the cluster is prepared");
+    info!(
+        step = "prepare",
+        nodes = nodes.all().len(),
+        untouched = untouched.len(),
+        "the cluster is prepared"
+    );
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod facts;
 mod nodes;
+mod swap;
 mod watched;
 
 pub use facts::{Node, NodeFacts};

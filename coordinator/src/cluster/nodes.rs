@@ -65,9 +65,9 @@ impl Nodes {
         Ok(Self { known, changes, _watching: Arc::new(watching) })
     }
 
-    /// Remembers the answer to a write until the watch has caught up with it.
-    pub fn wrote(&self, node: NodeFacts) {
-        lock(&self.known).wrote(node);
+    /// Remembers the answer to a read or a write until the watch has caught up with it.
+    pub fn learnt(&self, node: NodeFacts) {
+        lock(&self.known).learnt(node);
     }
 
     /// All nodes that run Linux, by name. Others have no flannel of the kind that is migrated.
@@ -113,14 +113,14 @@ fn lock(known: &Mutex<Known>) -> MutexGuard<'_, Known> {
 
 type ByName = BTreeMap<String, Arc<NodeFacts>>;
 
-/// What the watch has told and what was written.
+/// What the watch has told, and what was read or written beside it.
 #[derive(Default)]
 struct Known {
     seen: ByName,
     /// A list that is under way.
     arriving: ByName,
-    /// What was written and hasn't come back through the watch yet: without it a lease just granted would be granted again elsewhere.
-    written: ByName,
+    /// What was read or written and hasn't come through the watch yet: without it a lease just granted would be granted again elsewhere.
+    learnt: ByName,
     /// Made when somebody asks, and kept until something changes.
     snapshot: Option<Snapshot>,
 }
@@ -141,14 +141,13 @@ impl Known {
             Event::InitDone => {
                 self.seen = std::mem::take(&mut self.arriving);
                 let seen = &self.seen;
-                self.written
-                    .retain(|name, written| seen.get(name).is_some_and(|seen| is_newer(written, seen)));
+                self.learnt.retain(|name, learnt| seen.get(name).is_some_and(|seen| is_newer(learnt, seen)));
                 true
             }
             Event::Apply(node) => {
                 let node = NodeFacts::from(&node);
-                if self.written.get(&node.name).is_some_and(|written| !is_newer(written, &node)) {
-                    self.written.remove(&node.name);
+                if self.learnt.get(&node.name).is_some_and(|learnt| !is_newer(learnt, &node)) {
+                    self.learnt.remove(&node.name);
                 }
                 let same = self.seen.get(&node.name).is_some_and(|before| says_the_same(before, &node));
                 self.seen.insert(node.name.clone(), Arc::new(node));
@@ -156,7 +155,7 @@ impl Known {
             }
             Event::Delete(node) => {
                 let name = node.name_any();
-                self.written.remove(&name);
+                self.learnt.remove(&name);
                 self.seen.remove(&name).is_some()
             }
         };
@@ -164,23 +163,23 @@ impl Known {
         changed
     }
 
-    fn wrote(&mut self, node: NodeFacts) {
-        if self.seen.get(&node.name).is_some_and(|seen| is_newer(&node, seen)) {
-            self.written.insert(node.name.clone(), Arc::new(node));
+    fn learnt(&mut self, node: NodeFacts) {
+        if self.newest(&node.name).is_some_and(|known| is_newer(&node, known)) {
+            self.learnt.insert(node.name.clone(), Arc::new(node));
             self.snapshot = None;
         }
     }
 
-    /// A node as it was last seen or written, whichever is newer.
+    /// A node as it was last seen, read or written, whichever is newest.
     fn newest(&self, name: &str) -> Option<&Arc<NodeFacts>> {
-        self.written.get(name).or_else(|| self.seen.get(name))
+        self.learnt.get(name).or_else(|| self.seen.get(name))
     }
 
     fn all(&mut self) -> Snapshot {
         if let Some(snapshot) = &self.snapshot {
             return Arc::clone(snapshot);
         }
-        let newest = self.seen.iter().map(|(name, seen)| self.written.get(name).unwrap_or(seen));
+        let newest = self.seen.iter().map(|(name, seen)| self.learnt.get(name).unwrap_or(seen));
         let snapshot: Snapshot = newest.filter(|node| node.linux).cloned().collect();
         self.snapshot = Some(Arc::clone(&snapshot));
         snapshot
@@ -188,9 +187,9 @@ impl Known {
 }
 
 /// Versions of one kind of object are comparable numbers (KEP-5504); what was seen with one that isn't is taken for caught up.
-fn is_newer(written: &NodeFacts, seen: &NodeFacts) -> bool {
+fn is_newer(learnt: &NodeFacts, seen: &NodeFacts) -> bool {
     let number = |node: &NodeFacts| node.version.parse::<u64>().ok();
-    number(seen).is_some() && number(written) > number(seen)
+    number(seen).is_some() && number(learnt) > number(seen)
 }
 
 /// Whether two versions of a node differ in nothing but their number.
@@ -252,17 +251,21 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_counts_until_the_watch_has_caught_up() {
+    fn what_was_learnt_counts_until_the_watch_has_caught_up() {
         let mut known = known();
-        known.wrote(NodeFacts::from(&uncordoned("a", "12")));
+        known.learnt(NodeFacts::from(&uncordoned("a", "12")));
         assert_eq!(versions(&mut known), one("a", "12"));
         known.apply(Event::Apply(node("a", "11")));
         assert_eq!(versions(&mut known), one("a", "12"));
         known.apply(Event::Apply(uncordoned("a", "12")));
-        assert!(known.written.is_empty());
-        known.wrote(NodeFacts::from(&node("a", "10")));
+        assert!(known.learnt.is_empty());
+        known.learnt(NodeFacts::from(&node("a", "10")));
         assert_eq!(versions(&mut known), one("a", "12"), "older than what was seen");
-        known.wrote(NodeFacts::from(&node("a", "13")));
+        known.learnt(NodeFacts::from(&node("a", "15")));
+        known.learnt(NodeFacts::from(&node("a", "14")));
+        assert_eq!(versions(&mut known), one("a", "15"), "read before what was written, told after it");
+        known.apply(Event::Apply(node("a", "15")));
+        known.learnt(NodeFacts::from(&node("a", "16")));
         known.apply(Event::Apply(node("a", "not a number")));
         assert_eq!(versions(&mut known), one("a", "not a number"));
     }
@@ -270,18 +273,18 @@ mod tests {
     #[test]
     fn a_node_that_is_gone_is_forgotten() {
         let mut known = known();
-        known.wrote(NodeFacts::from(&node("a", "12")));
+        known.learnt(NodeFacts::from(&node("a", "12")));
         assert!(known.apply(Event::Delete(node("a", "13"))));
-        assert!(known.all().is_empty() && known.written.is_empty());
-        known.wrote(NodeFacts::from(&node("a", "12")));
+        assert!(known.all().is_empty() && known.learnt.is_empty());
+        known.learnt(NodeFacts::from(&node("a", "12")));
         assert!(known.all().is_empty(), "an answer that comes late makes no node");
         known.apply(Event::Init);
         known.apply(Event::InitApply(node("b", "14")));
         known.apply(Event::InitDone);
-        known.wrote(NodeFacts::from(&node("b", "15")));
+        known.learnt(NodeFacts::from(&node("b", "15")));
         known.apply(Event::Init);
         known.apply(Event::InitDone);
-        assert!(known.all().is_empty() && known.written.is_empty());
+        assert!(known.all().is_empty() && known.learnt.is_empty());
     }
 
     #[test]
@@ -290,7 +293,7 @@ mod tests {
         assert!(!known.apply(Event::Apply(node("a", "10"))), "a kubelet's heartbeat");
         assert_eq!(versions(&mut known), one("a", "10"));
         assert!(known.apply(Event::Apply(uncordoned("a", "11"))));
-        known.wrote(NodeFacts::from(&node("a", "13")));
+        known.learnt(NodeFacts::from(&node("a", "13")));
         assert!(!known.apply(Event::Apply(uncordoned("a", "12"))));
         assert!(
             known.apply(Event::Apply(node("a", "13"))),

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use crate::{bed::containerd::Containerd, cache, parts::Parts, run, say::Progress};
 
 pub use peer::peer;
-pub use project::{Product, Size, coordinator, echo, product, sizes};
+pub use project::{Product, Size, coordinator, echo, product, shipped, sizes};
 pub use stock::PAUSE;
 
 /// What goes into the base that stands in for the official images' Debian.

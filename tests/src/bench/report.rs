@@ -118,7 +118,7 @@ fn text(kept: &Kept) -> String {
     );
     text.push_str("## The goals\n\n");
     text.push_str(&goals::table_of(kept));
-    text.push_str(goals::WHY_NOT);
+    text.push_str(&goals::why_not(kept));
     let _ = write!(
         text,
         "\n## Beside Calico's own controller\n\n\

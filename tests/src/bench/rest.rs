@@ -62,7 +62,7 @@ impl Drop for Running {
 }
 
 fn measure(times: u32, rest: Duration, testbed: &Path) -> Result<Vec<Figures>> {
-    let program = images::coordinator()?.with_file_name("agent");
+    let program = images::shipped()?.join("agent");
     ensure!(program.is_file(), "no agent at {}", program.display());
     let bed = Bed::up_without_nodes(BED, objects::shape()?, testbed)?;
     control::stop_controllers(&bed)?;

@@ -102,7 +102,7 @@ pub fn run(count: u32, testbed: &Path) -> Result<()> {
 }
 
 fn measure(count: u32, testbed: &Path) -> Result<()> {
-    let program = images::coordinator()?;
+    let program = images::shipped()?.join("coordinator");
     let bed = Bed::up_without_nodes(BED, objects::shape()?, testbed)?;
     objects::furnish(&bed)?;
     let began = Instant::now();

@@ -22,6 +22,8 @@ pub const AGENT: &str = "ghcr.io/flannel-migration/agent:v0.1.0";
 
 /// The profile of what goes onto the test bed's nodes.
 const BED: &str = "bed";
+/// The profile of what users get.
+const RELEASE: &str = "release";
 
 /// The product's images, as archives to be loaded into nodes.
 #[derive(Debug, Clone)]
@@ -82,7 +84,7 @@ pub struct Size {
 /// Builds the product's images as users do, of the release profile's programs on the base `slim`; how large they are.
 pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
     let source = source()?;
-    let programs = programs(source, "release", &["coordinator", "agent"])?;
+    let programs = shipped()?;
     let scratch = tempfile::tempdir()?;
     let bin = bin(scratch.path(), &programs)?;
     let buildah = Buildah::new("buildah-slim", slim)?;
@@ -105,7 +107,12 @@ pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
         .collect()
 }
 
-/// Builds the coordinator as its image holds it; the program's path.
+/// Builds the product's programs as users get them; the directory they are in.
+pub fn shipped() -> Result<PathBuf> {
+    programs(source()?, RELEASE, &["coordinator", "agent"])
+}
+
+/// Builds the coordinator as the test bed's nodes get it; the program's path.
 pub fn coordinator() -> Result<PathBuf> {
     Ok(programs(source()?, BED, &["coordinator", "agent"])?.join("coordinator"))
 }

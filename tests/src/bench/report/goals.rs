@@ -15,13 +15,40 @@ struct Goal {
 }
 
 /// What keeps goals from being reached.
-pub const WHY_NOT: &str = "\nTo read where a goal isn't reached:\n\n\
-- The longest gap is that of all flows; those that programs answer need a processor for that. \"The floor\" below has both kinds apart, beside the same gaps at a start of \
-calico-node without any migration.\n\
-- Of the API writes, eight make the node's four blocks with their affinities (a /24 has four of Calico's /26), one per adopted pod is its handle, and some are made once \
-in a cluster, and are counted as a third each here; \"Writes to the API server\" has them all.\n\
-- The coordinator's processor time is a node's work times the nodes in a second: simulated agents have nothing to do, where real ones wait seconds for calico-node.\n\
-- What `drain` waits for is in \"Where a node's time goes\".\n";
+pub fn why_not(kept: &Kept) -> String {
+    format!(
+        "\nTo read where a goal isn't reached:\n\n\
+         - The longest gap is that of all flows; those that programs answer need a processor for that. \"The floor\" below has both kinds \
+         apart, beside the same gaps at a start of calico-node without any migration.\n\
+         - Of the API writes, eight make the node's four blocks with their affinities (a /24 has four of Calico's /26), one per adopted pod is \
+         its handle, and some are made once in a cluster, and are counted as a third each here; \"Writes to the API server\" has them all.\n\
+         - The coordinator's processor time is a node's work times the nodes in a second: simulated agents have nothing to do, where real ones \
+         wait seconds for calico-node.{}\n\
+         - What `drain` waits for is in \"Where a node's time goes\".\n",
+        at_real_pace(kept)
+    )
+}
+
+/// The coordinator's processor time where nodes take as long as they do on a real cluster.
+fn at_real_pace(kept: &Kept) -> String {
+    let Some(node) = Spread::of(kept.node_times(Side::InPlace)).map(|spread| spread.median) else {
+        return String::new();
+    };
+    let largest = kept.scale.iter().filter(|figures| figures.nodes == 5000);
+    let shares = largest.filter_map(|figures| {
+        let at_once = match figures.max.strip_suffix('%') {
+            Some(percent) => f64::from(figures.nodes) * percent.parse::<f64>().ok()? / 100.0,
+            None => figures.max.parse().ok()?,
+        };
+        let share = figures.per_node(figures.cpu) * at_once / node * 100.0;
+        Some(format!("{} % of a core with {} at a time", number(share), number(at_once)))
+    });
+    let shares: Vec<String> = shares.collect();
+    if shares.is_empty() {
+        return String::new();
+    }
+    format!(" At the {} s that a real node takes below, it comes to {}.", number(node), shares.join(", "))
+}
 
 /// One line per goal.
 pub fn table_of(kept: &Kept) -> String {

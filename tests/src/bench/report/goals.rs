@@ -20,7 +20,7 @@ pub fn why_not(kept: &Kept) -> String {
         "\nTo read where a goal isn't reached:\n\n\
          - The longest gap is that of all flows; those that programs answer need a processor for that. \"The floor\" below has both kinds \
          apart, beside the same gaps at a start of calico-node without any migration.\n\
-         - All nodes at once are three calico-node, with all that they start, on one machine's processors: each node takes longer then.\n\
+         - All nodes at once take what calico-node's start on all of them takes on one machine's processors: see \"The floor\".\n\
          - Of the API writes, eight make the node's four blocks with their affinities (a /24 has four of Calico's /26), one per adopted pod is \
          its handle, and some are made once in a cluster, and are counted as a third each here; \"Writes to the API server\" has them all.\n\
          - The coordinator's processor time is a node's work times the nodes in a second: simulated agents have nothing to do, where real ones \

@@ -15,6 +15,8 @@ pub struct Losses {
     broken: u64,
     outage: f64,
     kinds: BTreeSet<Kind>,
+    /// Each flow that lost something, in words.
+    flows: Vec<String>,
 }
 
 impl Losses {
@@ -25,7 +27,14 @@ impl Losses {
             self.sent += flow.figures.sent;
             self.broken += flow.figures.reconnects;
             self.outage = self.outage.max(flow.figures.longest_outage_ms);
-            self.kinds.extend((flow.figures.lost > 0).then_some(flow.kind));
+            if flow.figures.lost > 0 {
+                self.kinds.insert(flow.kind);
+                let figures = &flow.figures;
+                self.flows.push(format!(
+                    "{:?} {} -> {}: {} lost, longest outage {:.0} ms, {:?}",
+                    flow.kind, flow.from, flow.to, figures.lost, figures.longest_outage_ms, figures.causes
+                ));
+            }
         }
     }
 }
@@ -45,7 +54,7 @@ impl Losses {
 
 impl fmt::Display for Losses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { lost, sent, broken, outage, kinds } = self;
+        let Self { lost, sent, broken, outage, kinds, flows: _ } = self;
         write!(f, "{lost} of {sent}, longest outage {outage:.0} ms, {broken} broken")?;
         if kinds.is_empty() { Ok(()) } else { write!(f, ", on {kinds:?}") }
     }
@@ -91,6 +100,7 @@ impl<'a> Matrix<'a> {
         losses.add(&self.prober.report().unwrap(), but);
         let whose = but.map(|node| format!(" without {node}'s own")).unwrap_or_default();
         eprintln!("| {} | {fault} | {at} | {outcome} | {losses}{whose} |", self.title);
+        losses.flows.iter().for_each(|flow| eprintln!("  {flow}"));
         self.reset();
         losses
     }

@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod names;
 pub mod node;
 pub mod origin;
+pub mod orphans;
 pub mod pages;
 pub mod patch;
 pub mod plan;

@@ -147,6 +147,9 @@ pub fn asked(view: &NodeView, cluster: Option<Request>) -> Option<Request> {
     }
 }
 
+/// Why a node waits whose flannel pod is still there.
+pub const FLANNEL_LEAVING: &str = "FlannelLeaving";
+
 /// What is known.
 #[derive(Clone, Copy, Debug)]
 pub struct Known<'a> {
@@ -322,7 +325,7 @@ fn with_lease(node: &NodeFacts, known: &Known<'_>, policy: &Policy) -> Next {
         }
         (State::Preparing, _) => wait("NodePreparing"),
         (State::Prepared, _) if network == Some(Network::Flannel) => Next::Do(Step::Clear),
-        (State::Prepared, _) => wait("FlannelLeaving"),
+        (State::Prepared, _) => wait(FLANNEL_LEAVING),
         (State::Switching, _) => wait("NodeSwitching"),
         (State::Verifying, _) if network == Some(Network::Calico) => wait("NodeVerifying"),
         (State::Verifying, _) => Next::Do(Step::Register),

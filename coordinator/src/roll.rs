@@ -15,8 +15,8 @@ use tracing::{Level, debug, enabled, error, info, warn};
 use crate::api;
 use crate::cluster::NodeFacts;
 use crate::node::{Error, Steps};
-use crate::plan::{Alarm, End, Known, Plan, Step, plan};
-use crate::selectors;
+use crate::plan::{Alarm, End, FLANNEL_LEAVING, Known, Plan, Step, Waiting, plan};
+use crate::{orphans, selectors};
 
 /// Looked again this often even if nothing seems to change: what is overdue shows only by time passing.
 const SAFETY_TICK: Duration = Duration::from_secs(10);
@@ -27,6 +27,8 @@ const RETRY_PAUSE: Duration = Duration::from_secs(2);
 const REST_AFTER_LOOK: u32 = 19;
 /// But not longer than this: a look may take long for other reasons than its own work.
 const LONGEST_REST: Duration = Duration::from_millis(200);
+/// So many nodes that flannel doesn't leave are looked at each time.
+const LOOKED_AT: usize = 8;
 
 /// Whether the administrator wants no more nodes migrated, and none prepared.
 #[must_use]
@@ -48,7 +50,8 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
     let started = Instant::now();
     let mut tied = Instant::now();
     loop {
-        if !winding && tied.elapsed() > SAFETY_TICK {
+        let due = !winding && tied.elapsed() > SAFETY_TICK;
+        if due {
             tied = Instant::now();
             tie(steps).await;
         }
@@ -61,6 +64,9 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
         let known = Known { nodes: &nodes, own, leased_for: &leased_for, granting: &granting, request };
         let mut plan = plan(&known, &steps.policy, now);
         let looked = looking.elapsed();
+        if due {
+            end_orphans(steps, &plan, &leased_for).await;
+        }
         told.tell(steps, &plan, nodes.len()).await;
         if busy.is_empty() {
             if let Some(end) = plan.end() {
@@ -143,6 +149,19 @@ async fn tie(steps: &Steps) {
     let set = &steps.settings.flannel.daemon_set;
     if let Err(error) = selectors::tie_flannel(&steps.writer, set).await {
         warn!(step = "selector", error = api::chain(&error), "flannel's DaemonSet can't be looked at");
+    }
+}
+
+/// Whoever installs flannel again may leave pods behind that nobody ends; a node that flannel is to leave waits for its own.
+async fn end_orphans(steps: &Steps, plan: &Plan, leased_for: &BTreeMap<String, Duration>) {
+    let waits = |waiting: &&Waiting| {
+        let since = leased_for.get(&waiting.node.name);
+        waiting.reason == FLANNEL_LEAVING && since.is_some_and(|since| *since > SAFETY_TICK)
+    };
+    let nodes: Vec<&str> =
+        plan.waiting.iter().filter(waits).map(|waiting| waiting.node.name.as_str()).take(LOOKED_AT).collect();
+    if let Err(error) = orphans::end(&steps.writer, &steps.settings.flannel.daemon_set, &nodes).await {
+        warn!(step = "orphan", error = api::chain(&error), "flannel's pods can't be looked at");
     }
 }
 

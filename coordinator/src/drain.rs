@@ -38,7 +38,9 @@ pub struct PodName {
 }
 
 impl PodName {
-    fn of(pod: &Pod) -> Self {
+    /// That of a pod as it was read.
+    #[must_use]
+    pub fn of(pod: &Pod) -> Self {
         Self {
             namespace: pod.namespace().unwrap_or_default(),
             name: pod.name_any(),
@@ -316,14 +318,7 @@ pub async fn renew(
     let deadline = Instant::now() + limit;
     let names: Vec<_> = old.iter().map(|pod| PodName::of(pod)).collect();
     for pod in &names {
-        let pods: Api<Pod> = Api::namespaced(writer.client.clone(), &pod.namespace);
-        let preconditions = kube::api::Preconditions { uid: Some(pod.uid.clone()), resource_version: None };
-        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-        match found(writer.write(format!("delete pod {pod}"), pods.delete(&pod.name, &params)).await) {
-            Ok(_) => {}
-            Err(error) if error.is_conflict() => {}
-            Err(error) => return Err(error.into()),
-        }
+        delete(writer, pod).await?;
     }
     gone(&watched, &names, limit, deadline).await?;
     // Their DaemonSets make new ones here.
@@ -347,6 +342,18 @@ pub async fn renew(
         warn!(node, step = "settle", "not all pods of DaemonSets are ready again; going on");
     }
     Ok(names.len())
+}
+
+/// Deletes a pod, but not a successor of its name; whether it was there.
+pub async fn delete(writer: &Writer, pod: &PodName) -> Result<bool, Error> {
+    let pods: Api<Pod> = Api::namespaced(writer.client.clone(), &pod.namespace);
+    let preconditions = kube::api::Preconditions { uid: Some(pod.uid.clone()), resource_version: None };
+    let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+    match found(writer.write(format!("delete pod {pod}"), pods.delete(&pod.name, &params)).await) {
+        Ok(deleted) => Ok(deleted.is_some()),
+        Err(error) if error.is_conflict() => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn is_ready(pod: &Pod) -> bool {

@@ -1,7 +1,6 @@
 //! The steps of one node as effects: each checks that it still applies, and writes with the version of the node that it decided by.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Epoch, Evict, Goal, Grant, Network, State, Strategy};
@@ -59,7 +58,6 @@ impl Error {
 }
 
 /// What the steps of all nodes share.
-#[derive(Clone)]
 pub struct Steps {
     /// The cluster's writer.
     pub writer: Writer,
@@ -76,7 +74,7 @@ pub struct Steps {
     /// What an administrator asks of the whole cluster.
     pub requests: Requests,
     /// Nodes take turns at what belongs to their pods in Calico's IPAM: whoever waits doesn't hold blocks and calls in memory meanwhile.
-    pub turns: Arc<Semaphore>,
+    pub turns: Semaphore,
 }
 
 /// How many nodes have their turn at once; one may have many pods, and their handles are written side by side.

@@ -1,17 +1,17 @@
 //! flannel's pods that no DaemonSet has any more.
 //!
-//! Whoever deletes flannel's DaemonSet and installs it again leaves its pods to Kubernetes' garbage collector, which takes minutes, and
-//! after an outage of the API server was seen to take none within six. The new DaemonSet neither ends them nor makes its own beside them,
-//! and a node that flannel is to leave would wait for as long.
+//! Whoever deletes flannel's DaemonSet and installs it again leaves its pods to Kubernetes' garbage collector. After an outage of the API
+//! server it was seen to leave one for six minutes, and a node that flannel is to leave waited for as long.
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams, Preconditions};
+use kube::api::{Api, ListParams};
 use tracing::warn;
 
 use crate::api::{Result, Writer, found, read};
 use crate::discover::Name;
+use crate::drain::{self, PodName};
 
 /// Deletes them from nodes that flannel is to leave.
 ///
@@ -31,17 +31,9 @@ pub async fn end(writer: &Writer, set: &Name, nodes: &[&str]) -> Result<()> {
         let there =
             read(format!("list the pods of {} on node {node}", set.namespace), pods.list(&on_it)).await?;
         for pod in there.items.iter().filter(|pod| is_orphan(pod, &set.name, &uid)) {
-            let name = pod.name_any();
-            let preconditions = Preconditions { uid: pod.uid(), resource_version: None };
-            let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-            let what = format!("delete pod {}/{name}", set.namespace);
-            match found(writer.write(what, pods.delete(&name, &params)).await) {
-                Ok(_) => {
-                    warn!(node, step = "orphan", pod = name, daemonset = %set, "its DaemonSet is gone: deleted");
-                }
-                // Another pod of that name by now.
-                Err(error) if error.is_conflict() => {}
-                Err(error) => return Err(error),
+            let pod = PodName::of(pod);
+            if drain::delete(writer, &pod).await? {
+                warn!(node, step = "orphan", pod = %pod, daemonset = %set, "its DaemonSet is gone: deleted");
             }
         }
     }
@@ -58,10 +50,22 @@ fn is_orphan(pod: &Pod, set: &str, uid: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use http::{Method, Request, Response};
+    use kube::Client;
+    use kube::client::Body;
     use rstest::rstest;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::leader::Leadership;
+
+    fn made_by(name: &str, uid: &str, kind: &str, set: &str) -> Value {
+        let owner =
+            json!({ "apiVersion": "apps/v1", "kind": kind, "name": set, "uid": uid, "controller": true });
+        json!({ "metadata": { "name": name, "namespace": "kube-flannel", "uid": name, "ownerReferences": [owner] } })
+    }
 
     #[rstest]
     #[case::of_the_one_that_was_deleted("old", "DaemonSet", "kube-flannel-ds", false, true)]
@@ -76,12 +80,54 @@ mod tests {
         #[case] deleted: bool,
         #[case] orphan: bool,
     ) {
-        let owner =
-            json!({ "apiVersion": "apps/v1", "kind": kind, "name": name, "uid": owner, "controller": true });
-        let deleted = deleted.then_some("2026-01-02T03:04:05Z");
-        let metadata = json!({ "name": "p", "ownerReferences": [owner], "deletionTimestamp": deleted });
-        let pod: Pod = serde_json::from_value(json!({ "metadata": metadata })).unwrap();
+        let mut pod = made_by("p", owner, kind, name);
+        if deleted {
+            pod["metadata"]["deletionTimestamp"] = json!("2026-01-02T03:04:05Z");
+        }
+        let pod: Pod = serde_json::from_value(pod).unwrap();
         assert_eq!(is_orphan(&pod, "kube-flannel-ds", "new"), orphan);
         assert!(!is_orphan(&Pod::default(), "kube-flannel-ds", "new"), "of nobody");
+    }
+
+    #[rstest]
+    #[case::installed_again(Some("new"), &["left"])]
+    #[case::not_installed_again(None, &["left", "present"])]
+    #[tokio::test]
+    async fn only_pods_that_no_daemon_set_has_are_deleted(
+        #[case] there: Option<&'static str>,
+        #[case] expected: &[&str],
+    ) {
+        let deleted = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&deleted);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let seen = Arc::clone(&seen);
+            async move {
+                let (parts, body) = request.into_parts();
+                let path = parts.uri.path();
+                let mut status = 200;
+                let answer = if parts.method == Method::DELETE {
+                    let body: Value = serde_json::from_slice(&body.collect_bytes().await.unwrap()).unwrap();
+                    let name = path.rsplit('/').next().unwrap().to_owned();
+                    assert_eq!(body["preconditions"]["uid"], json!(name));
+                    seen.lock().unwrap().push(name);
+                    json!({ "kind": "Status", "apiVersion": "v1", "status": "Success" })
+                } else if path.ends_with("/pods") {
+                    assert!(parts.uri.query().unwrap().contains("spec.nodeName%3Dn1"));
+                    let pods = [("left", "old"), ("present", "new")]
+                        .map(|(name, uid)| made_by(name, uid, "DaemonSet", "kube-flannel-ds"));
+                    json!({ "kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": pods })
+                } else if let Some(uid) = there {
+                    json!({ "kind": "DaemonSet", "apiVersion": "apps/v1", "metadata": { "name": "kube-flannel-ds", "uid": uid } })
+                } else {
+                    status = 404;
+                    json!({ "kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404 })
+                };
+                Response::builder().status(status).body(Body::from(answer.to_string().into_bytes()))
+            }
+        });
+        let writer = Writer::new(Client::new(service, "default"), Leadership::held_for_ever(), None);
+        let set = Name { namespace: "kube-flannel".to_owned(), name: "kube-flannel-ds".to_owned() };
+        end(&writer, &set, &["n1"]).await.unwrap();
+        assert_eq!(*deleted.lock().unwrap(), expected);
     }
 }

@@ -38,7 +38,7 @@ pub fn winds_down(request: Option<Request>) -> bool {
 
 /// Takes all nodes through; returns when each is where it is to be. `None`: the cluster was wound down without being prepared, and is to be
 /// migrated after all.
-pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Option<End>, api::Error> {
+pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Result<Option<End>, api::Error> {
     let mut changes = steps.nodes.changes();
     let mut asked = steps.requests.changes();
     let mut tasks: JoinSet<(String, Result<(), Error>)> = JoinSet::new();
@@ -46,7 +46,6 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
     let mut granting: BTreeSet<String> = BTreeSet::new();
     let mut leases: BTreeMap<String, (Epoch, Instant)> = BTreeMap::new();
     let mut told: Told = Told::default();
-    let shared = Arc::new(steps.clone());
     let started = Instant::now();
     let mut tied = Instant::now();
     loop {
@@ -93,7 +92,7 @@ pub async fn roll(steps: &Steps, own: Option<&str>, winding: bool) -> Result<Opt
                 if matches!(action.step, Step::Grant { .. }) {
                     granting.insert(action.node.clone());
                 }
-                let (steps, action) = (Arc::clone(&shared), action.clone());
+                let (steps, action) = (Arc::clone(steps), action.clone());
                 tasks.spawn(async move {
                     let began = Instant::now();
                     let result = steps.run(&action.node, &action.step).await;

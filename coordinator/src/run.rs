@@ -200,7 +200,7 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             prepared(stage, options, nodes, &settings, (&layout, &pools)).await?;
         }
         stage.enter(Phase::Roll, "").await;
-        let steps = Steps {
+        let steps = Arc::new(Steps {
             writer: writer.clone(),
             nodes: nodes.clone(),
             settings,
@@ -208,8 +208,8 @@ async fn phases(client: &Client, stage: &Stage<'_>, options: &Options, nodes: &N
             layout,
             board: stage.board.clone(),
             requests: requests.clone(),
-            turns: Arc::new(Semaphore::new(node::TURNS)),
-        };
+            turns: Semaphore::new(node::TURNS),
+        });
         let end = tokio::select! {
             end = roll::roll(&steps, options.node_name.as_deref(), winding) => end?,
             never = ahead::follow(&steps) => match never {},

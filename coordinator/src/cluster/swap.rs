@@ -30,18 +30,17 @@ impl Nodes {
         let mut known = self.get(node);
         let mut last = None;
         for _ in 0..CONFLICT_RETRIES {
-            let remembered = known.take();
-            let facts = match &remembered {
-                Some(facts) => Arc::clone(facts),
+            let (facts, afresh) = match known.take() {
+                Some(facts) => (facts, false),
                 None => match found(read(what.as_str(), nodes.get(node)).await)? {
-                    Some(now) => Arc::new(NodeFacts::from(&now)),
+                    Some(now) => (Arc::new(NodeFacts::from(&now)), true),
                     None => return Ok(None),
                 },
             };
             let mut patch = match patch(&facts) {
                 Some(patch) => patch,
-                None if remembered.is_some() => continue,
-                None => return Ok(None),
+                None if afresh => return Ok(None),
+                None => continue,
             };
             if let Some(metadata) =
                 patch.as_object_mut().map(|patch| patch.entry("metadata").or_insert_with(|| json!({})))

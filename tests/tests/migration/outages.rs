@@ -81,7 +81,7 @@ fn fail_at(
     fault: Fault,
     strategy: &str,
     moment: &Moment,
-) -> Vec<String> {
+) -> Option<String> {
     let (met, at) = moment.reach(bed, "n1", strategy);
     matrix.reset();
     fault.pass(bed, || met.go_on());
@@ -96,16 +96,16 @@ fn fail_at(
     whole(bed, "n1", &network);
     back_to_flannel(bed, "n1");
     connected(prober, Duration::from_mins(1));
-    if strategy == "in-place" { beyond_services(&losses, &at, &network) } else { Vec::new() }
+    if strategy == "in-place" { beyond_services(&losses, &at, &network) } else { None }
 }
 
 // After an outage the controller manager takes every node for gone until its kubelet has written again, and Services lose the pods there:
 // with and without a migration.
-fn beyond_services(losses: &Losses, at: &str, network: &str) -> Vec<String> {
+fn beyond_services(losses: &Losses, at: &str, network: &str) -> Option<String> {
     let mut others = losses.beyond_services();
     // flanneld makes its masquerade rules anew when it comes back to the node.
     others.retain(|kind| network != "flannel" || *kind != Kind::PodToOutside);
-    if others.is_empty() { Vec::new() } else { vec![format!("{at}: lost on {others:?}")] }
+    (!others.is_empty()).then(|| format!("{at}: lost on {others:?}"))
 }
 
 #[test]
@@ -126,7 +126,8 @@ fn an_outage_of_the_api_server_or_of_etcd_at_any_moment_loses_no_pods_traffic() 
     connected(&prober, Duration::from_mins(1));
     let losses = matrix.row(&Fault::ApiServer.name(), "no node in change", "as before", None);
     // One after another whatever is found: a moment takes minutes.
-    let mut found = beyond_services(&losses, "no node in change", "as before");
+    let mut found: Vec<String> =
+        beyond_services(&losses, "no node in change", "as before").into_iter().collect();
     for (strategy, moments) in [("in-place", &IN_PLACE[2..7]), ("drain", &DRAIN[1..3])] {
         for moment in moments {
             found.extend(fail_at(bed, &prober, &matrix, Fault::Etcd, strategy, moment));

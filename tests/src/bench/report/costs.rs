@@ -57,8 +57,8 @@ pub fn text(kept: &Kept) -> String {
     let mut text = format!(
         "\n## The coordinator in big clusters\n\n\
          A real etcd and API server, nodes as objects (with 20 images each in their status), simulated agents that decide by the agent's own code and \
-         write as it does, with nothing to do on a host; {} adopted pods and one block of Calico's per node; strategy `in-place`; the coordinator's release build. Three \
-         coordinators one after another in each cluster: each but the first starts after a `kill -9` in the middle of the roll. All of it on one \
+         write as it does, with nothing to do on a host; {} adopted pods and one block of Calico's per node; strategy `in-place`; \
+         the coordinator's release build. Three coordinators one after another in each cluster: each but the first starts after a `kill -9` in the middle of the roll. All of it on one \
          machine: times contain that API server, agents and coordinator wait for each other's processor.\n\n",
         scale::PODS
     );

@@ -18,7 +18,7 @@ use crate::drain::{self, PodName};
 /// # Errors
 ///
 /// The API server refuses or doesn't answer, or the leadership is lost.
-pub async fn end(writer: &Writer, set: &Name, nodes: &[&str]) -> Result<()> {
+pub async fn end(writer: &Writer, set: &Name, nodes: &[String]) -> Result<()> {
     if nodes.is_empty() {
         return Ok(());
     }
@@ -127,7 +127,7 @@ mod tests {
         });
         let writer = Writer::new(Client::new(service, "default"), Leadership::held_for_ever(), None);
         let set = Name { namespace: "kube-flannel".to_owned(), name: "kube-flannel-ds".to_owned() };
-        end(&writer, &set, &["n1"]).await.unwrap();
+        end(&writer, &set, &["n1".to_owned()]).await.unwrap();
         assert_eq!(*deleted.lock().unwrap(), expected);
     }
 }

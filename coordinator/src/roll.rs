@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use flannel_migration_protocol::{Epoch, Request};
+use flannel_migration_protocol::Request;
 use jiff::Timestamp;
 use kube::runtime::events::EventType;
 use tokio::task::JoinSet;
@@ -13,9 +13,9 @@ use tokio::time::{Instant, sleep};
 use tracing::{Level, debug, enabled, error, info, warn};
 
 use crate::api;
-use crate::cluster::NodeFacts;
+use crate::cluster::Changed;
 use crate::node::{Error, Steps};
-use crate::plan::{Alarm, End, FLANNEL_LEAVING, Known, Plan, Step, Waiting, plan};
+use crate::plan::{Action, Alarm, End, FLANNEL_LEAVING, Moment, Planner, Waiting};
 use crate::{orphans, selectors};
 
 /// Looked again this often even if nothing seems to change: what is overdue shows only by time passing.
@@ -23,7 +23,7 @@ const SAFETY_TICK: Duration = Duration::from_secs(10);
 /// A step that failed is decided anew after this pause at the earliest.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 /// After a look, so many times as long as it took isn't looked again: whatever changes how fast, looking takes a twentieth of the time
-/// at most. In a cluster of 5,000 nodes that is some hundredths of a second, in a small one nothing.
+/// at most.
 const REST_AFTER_LOOK: u32 = 19;
 /// But not longer than this: a look may take long for other reasons than its own work.
 const LONGEST_REST: Duration = Duration::from_millis(200);
@@ -39,12 +39,10 @@ pub fn winds_down(request: Option<Request>) -> bool {
 /// Takes all nodes through; returns when each is where it is to be. `None`: the cluster was wound down without being prepared, and is to be
 /// migrated after all.
 pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Result<Option<End>, api::Error> {
-    let mut changes = steps.nodes.changes();
+    let (mut changes, mut following) = (steps.nodes.changes(), steps.nodes.follow());
     let mut asked = steps.requests.changes();
     let mut tasks: JoinSet<(String, Result<(), Error>)> = JoinSet::new();
-    let mut busy: BTreeSet<String> = BTreeSet::new();
-    let mut granting: BTreeSet<String> = BTreeSet::new();
-    let mut leases: BTreeMap<String, (Epoch, Instant)> = BTreeMap::new();
+    let mut planner = Planner::new(&steps.policy, own);
     let mut told: Told = Told::default();
     let started = Instant::now();
     let mut tied = Instant::now();
@@ -54,63 +52,43 @@ pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Resul
             tied = Instant::now();
             tie(steps).await;
         }
+        if steps.nodes.ended() {
+            return Err(over("watch the nodes"));
+        }
         let looking = Instant::now();
-        let nodes = steps.nodes.all();
-        watch_leases(&nodes, &mut leases);
-        let leased_for = leases.iter().map(|(node, (_, since))| (node.clone(), since.elapsed())).collect();
-        let now = Timestamp::now();
+        match following.take() {
+            Changed::All(all) => planner.see_all(&all),
+            Changed::Some(nodes) => nodes.into_iter().for_each(|(name, node)| planner.see(name, node)),
+        }
         let request = steps.requests.now();
-        let known = Known { nodes: &nodes, own, leased_for: &leased_for, granting: &granting, request };
-        let mut plan = plan(&known, &steps.policy, now);
+        let now = Moment { wall: Timestamp::now(), own: started.elapsed() };
+        planner.look(request, now);
         let looked = looking.elapsed();
         if due {
-            end_orphans(steps, &plan, &leased_for).await;
+            end_orphans(steps, &planner, now).await;
         }
-        told.tell(steps, &plan, nodes.len()).await;
-        if busy.is_empty() {
-            if let Some(end) = plan.end() {
-                info!(
-                    nodes = nodes.len(),
-                    on_calico = plan.done,
-                    seconds = started.elapsed().as_secs_f32(),
-                    step = "roll",
-                    ?end,
-                    "every node is where it is to be"
-                );
-                return Ok(Some(end));
+        told.tell(steps, &planner).await;
+        if let Some(end) = planner.end() {
+            info!(
+                nodes = planner.total(),
+                on_calico = planner.done(),
+                seconds = started.elapsed().as_secs_f32(),
+                step = "roll",
+                ?end,
+                "every node is where it is to be"
+            );
+            return Ok(Some(end));
+        }
+        if !winding || winds_down(request) {
+            for action in planner.start() {
+                tasks.spawn(take_through(Arc::clone(steps), action));
             }
-            if winding && !winds_down(request) {
-                return Ok(None);
-            }
+        } else if planner.busy().is_empty() {
+            return Ok(None);
         }
-        if winding && !winds_down(request) {
-            plan.actions.clear();
-        }
-        for action in &plan.actions {
-            if busy.insert(action.node.clone()) {
-                debug!(node = action.node, step = ?action.step, "start");
-                if matches!(action.step, Step::Grant { .. }) {
-                    granting.insert(action.node.clone());
-                }
-                let (steps, action) = (Arc::clone(steps), action.clone());
-                tasks.spawn(async move {
-                    let began = Instant::now();
-                    let result = steps.run(&action.node, &action.step).await;
-                    let reason = result.as_ref().err().map(Error::reason);
-                    steps.board.metrics.step_ended(action.step.name(), began.elapsed(), reason);
-                    if let Err(error) = &result {
-                        failed(&steps, &action.node, error).await;
-                    }
-                    (action.node, result)
-                });
-            }
-        }
-        drop(nodes);
-        // In a big cluster nodes change faster than all of them can be looked at. What shares this task, the renewal of the leadership above
-        // all, has its turn now.
+        // Where nodes change faster than can be looked at, what shares this task, the renewal of the leadership above all, has its turn now.
         sleep((looked * REST_AFTER_LOOK).min(LONGEST_REST)).await;
-        let next = plan.waiting.iter().filter_map(|waiting| waiting.until).min();
-        let pause = next.map_or(SAFETY_TICK, |at| until(now, at).min(SAFETY_TICK));
+        let pause = planner.until().map_or(SAFETY_TICK, |at| until(now.wall, at).min(SAFETY_TICK));
         let mut ended = tokio::select! {
             alive = changes.changed() => match alive {
                 Ok(()) => None,
@@ -129,14 +107,25 @@ pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Resul
                 what: "take a node through".to_owned(),
                 why: panicked.to_string(),
             })?;
-            busy.remove(&node);
-            granting.remove(&node);
+            planner.ended(&node);
             if let Err(Error::Api(api::Error::NotLeader { what })) = result {
                 return Err(api::Error::NotLeader { what });
             }
             ended = None;
         }
     }
+}
+
+async fn take_through(steps: Arc<Steps>, Action { node, step }: Action) -> (String, Result<(), Error>) {
+    debug!(node, ?step, "start");
+    let began = Instant::now();
+    let result = steps.run(&node, &step).await;
+    let reason = result.as_ref().err().map(Error::reason);
+    steps.board.metrics.step_ended(step.name(), began.elapsed(), reason);
+    if let Err(error) = &result {
+        failed(&steps, &node, error).await;
+    }
+    (node, result)
 }
 
 fn over(what: &str) -> api::Error {
@@ -152,13 +141,13 @@ async fn tie(steps: &Steps) {
 }
 
 /// Whoever installs flannel again may leave pods behind that nobody ends; a node that flannel is to leave waits for its own.
-async fn end_orphans(steps: &Steps, plan: &Plan, leased_for: &BTreeMap<String, Duration>) {
-    let waits = |waiting: &&Waiting| {
-        let since = leased_for.get(&waiting.node.name);
-        waiting.reason == FLANNEL_LEAVING && since.is_some_and(|since| *since > SAFETY_TICK)
+async fn end_orphans(steps: &Steps, planner: &Planner, now: Moment) {
+    let waits = |waiting: &Waiting| {
+        let since = planner.leased_for(&waiting.node.name, now.own);
+        waiting.reason == FLANNEL_LEAVING && since.is_some_and(|since| since > SAFETY_TICK)
     };
-    let nodes: Vec<&str> =
-        plan.waiting.iter().filter(waits).map(|waiting| waiting.node.name.as_str()).take(LOOKED_AT).collect();
+    let nodes: Vec<String> =
+        planner.waiting().filter(waits).map(|waiting| waiting.node.name.clone()).take(LOOKED_AT).collect();
     if let Err(error) = orphans::end(&steps.writer, &steps.settings.flannel.daemon_set, &nodes).await {
         warn!(step = "orphan", error = api::chain(&error), "flannel's pods can't be looked at");
     }
@@ -178,16 +167,6 @@ async fn failed(steps: &Steps, node: &str, error: &Error) {
     }
 }
 
-/// Since when this process has seen each lease.
-fn watch_leases(nodes: &[Arc<NodeFacts>], leases: &mut BTreeMap<String, (Epoch, Instant)>) {
-    let current: BTreeMap<&str, Epoch> =
-        nodes.iter().filter_map(|node| Some((node.name.as_str(), *node.view.lease.get()?))).collect();
-    leases.retain(|node, (epoch, _)| current.get(node.as_str()) == Some(epoch));
-    for (node, epoch) in current {
-        leases.entry(node.to_owned()).or_insert_with(|| (epoch, Instant::now()));
-    }
-}
-
 /// What was told already: each alarm and each standstill once.
 #[derive(Default)]
 struct Told {
@@ -198,17 +177,18 @@ struct Told {
 }
 
 impl Told {
-    async fn tell(&mut self, steps: &Steps, plan: &Plan, total: usize) {
-        if self.done != Some(plan.done) {
-            self.done = Some(plan.done);
-            info!(step = "roll", done = plan.done, total, "progress");
+    async fn tell(&mut self, steps: &Steps, planner: &Planner) {
+        if self.done != Some(planner.done()) {
+            self.done = Some(planner.done());
+            info!(step = "roll", done = planner.done(), total = planner.total(), "progress");
         }
-        if self.request != plan.request {
-            self.request = plan.request;
-            let request = plan.request.map_or("none", Request::as_str);
+        if self.request != planner.request() {
+            self.request = planner.request();
+            let request = planner.request().map_or("none", Request::as_str);
             info!(step = "roll", request, "the administrator's request for the cluster");
         }
-        for alarm in &plan.alarms {
+        let alarms = planner.alarms();
+        for alarm in &alarms {
             if self.alarms.insert(alarm.clone()) {
                 error!(
                     node = alarm.node,
@@ -222,15 +202,13 @@ impl Told {
                     .await;
             }
         }
-        self.alarms.retain(|alarm| plan.alarms.contains(alarm));
+        self.alarms.retain(|alarm| alarms.contains(alarm));
         if !enabled!(Level::DEBUG) {
             return;
         }
-        for waiting in &plan.waiting {
-            let node = &waiting.node.name;
-            if self.waiting.get(node) != Some(&waiting.reason) {
-                self.waiting.insert(node.clone(), waiting.reason);
-                debug!(node, reason = waiting.reason, "waiting");
+        for Waiting { node, reason, .. } in planner.waiting() {
+            if self.waiting.insert(node.name.clone(), reason) != Some(reason) {
+                debug!(node = node.name, reason, "waiting");
             }
         }
     }

@@ -262,7 +262,7 @@ impl World {
         panic!(
             "no rest; {:?} is asked: {states:#?}\n{:#?}",
             self.request,
-            self.leaders.iter().map(|l| &l.last).collect::<Vec<_>>()
+            self.leaders.iter().map(|leader| &leader.planner).collect::<Vec<_>>()
         );
     }
 }

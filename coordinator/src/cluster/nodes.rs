@@ -1,6 +1,6 @@
 //! All nodes, kept up to date: each is read once for each of its versions, and shared by all who look.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,7 +14,8 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use tokio::sync::watch;
 use tracing::debug;
 
-use super::watched::{Watching, from_now, pauses, until};
+use super::follow::{Change, Following, News};
+use super::watched::{Watching, pauses, until};
 use super::{Node, NodeFacts, WATCH_SECONDS};
 use crate::api::{CALL_TIMEOUT, Error, Result, chain};
 
@@ -28,17 +29,17 @@ pub type Snapshot = Arc<[Arc<NodeFacts>]>;
 #[derive(Clone)]
 pub struct Nodes {
     known: Arc<Mutex<Known>>,
-    changes: watch::Receiver<u64>,
-    _watching: Arc<Watching>,
+    news: Arc<News>,
+    watching: Arc<Watching>,
 }
 
 impl Nodes {
     /// Watches all nodes; returns when they are known.
     pub async fn watch(client: Client) -> Result<Self> {
         let known = Arc::new(Mutex::new(Known::default()));
-        let (tick, changes) = watch::channel(0_u64);
+        let news = Arc::new(News::new());
         let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
-        let store = Arc::clone(&known);
+        let (store, telling) = (Arc::clone(&known), Arc::clone(&news));
         let (arriving, mut complete) = watch::channel(false);
         let watching = Watching::new(tokio::spawn(async move {
             let mut events = pin!(watcher(Api::<Node>::all(client), config).backoff(pauses()));
@@ -46,9 +47,8 @@ impl Nodes {
                 match event {
                     Ok(event) => {
                         let is_list = matches!(event, Event::Init | Event::InitApply(_));
-                        if lock(&store).apply(event) {
-                            tick.send_modify(|count| *count = count.wrapping_add(1));
-                        }
+                        let change = lock(&store).apply(event);
+                        telling.tell(change);
                         arriving.send_modify(|complete| *complete |= !is_list);
                     }
                     Err(error) => debug!(error = chain(&error), "watch of all nodes interrupted"),
@@ -62,12 +62,13 @@ impl Nodes {
                 _ => return Err(Error::Timeout { what: "list all nodes".to_owned() }),
             }
         }
-        Ok(Self { known, changes, _watching: Arc::new(watching) })
+        Ok(Self { known, news, watching: Arc::new(watching) })
     }
 
     /// Remembers the answer to a read or a write until the watch has caught up with it.
     pub fn learnt(&self, node: NodeFacts) {
-        lock(&self.known).learnt(node);
+        let change = lock(&self.known).learnt(node);
+        self.news.tell(change);
     }
 
     /// All nodes that run Linux, by name. Others have no flannel of the kind that is migrated.
@@ -79,7 +80,7 @@ impl Nodes {
     /// One node.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Arc<NodeFacts>> {
-        lock(&self.known).newest(name).filter(|node| node.linux).cloned()
+        lock(&self.known).linux(name)
     }
 
     /// Nodes in flannel's network that don't run Linux, by name.
@@ -90,10 +91,32 @@ impl Nodes {
         foreign.map(|node| node.name.clone()).collect()
     }
 
+    /// These nodes as they are; `None` for what is gone or doesn't run Linux.
+    pub(super) fn named(&self, names: BTreeSet<String>) -> BTreeMap<String, Option<Arc<NodeFacts>>> {
+        let known = lock(&self.known);
+        let now = |name: String| {
+            let node = known.linux(&name);
+            (name, node)
+        };
+        names.into_iter().map(now).collect()
+    }
+
     /// What wakes up on each change that decisions may depend on. A change before the call isn't told again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        from_now(&self.changes)
+        self.news.count()
+    }
+
+    /// Which nodes change.
+    #[must_use]
+    pub fn follow(&self) -> Following {
+        Following::new(self.clone(), &self.news)
+    }
+
+    /// Whether the watch has ended, which it never does by itself: nothing more is seen.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.watching.ended()
     }
 
     /// Waits until `holds`, looking at each change; `None` when it doesn't within `limit`.
@@ -126,53 +149,62 @@ struct Known {
 }
 
 impl Known {
-    /// Takes in what the watch tells; whether anything changed that decisions may depend on. Kubelets write all the time.
-    fn apply(&mut self, event: Event<Node>) -> bool {
-        let changed = match event {
+    /// Takes in what the watch tells; what of it decisions may depend on. Kubelets write all the time, and what was learnt before is none.
+    fn apply(&mut self, event: Event<Node>) -> Option<Change> {
+        self.snapshot = None;
+        match event {
             Event::Init => {
                 self.arriving.clear();
-                false
+                None
             }
             Event::InitApply(node) => {
                 let node = NodeFacts::from(&node);
                 self.arriving.insert(node.name.clone(), Arc::new(node));
-                false
+                None
             }
             Event::InitDone => {
                 self.seen = std::mem::take(&mut self.arriving);
                 let seen = &self.seen;
                 self.learnt.retain(|name, learnt| seen.get(name).is_some_and(|seen| is_newer(learnt, seen)));
-                true
+                Some(Change::All)
             }
             Event::Apply(node) => {
-                let node = NodeFacts::from(&node);
+                let node = Arc::new(NodeFacts::from(&node));
+                let before = self.newest(&node.name).cloned();
                 if self.learnt.get(&node.name).is_some_and(|learnt| !is_newer(learnt, &node)) {
                     self.learnt.remove(&node.name);
                 }
-                let same = self.seen.get(&node.name).is_some_and(|before| says_the_same(before, &node));
-                self.seen.insert(node.name.clone(), Arc::new(node));
-                !same
+                self.seen.insert(node.name.clone(), Arc::clone(&node));
+                self.changed(&node.name, before.as_deref())
             }
             Event::Delete(node) => {
                 let name = node.name_any();
                 self.learnt.remove(&name);
-                self.seen.remove(&name).is_some()
+                self.seen.remove(&name).map(|_| Change::Node(name))
             }
-        };
-        self.snapshot = None;
-        changed
+        }
     }
 
-    fn learnt(&mut self, node: NodeFacts) {
-        if self.newest(&node.name).is_some_and(|known| is_newer(&node, known)) {
-            self.learnt.insert(node.name.clone(), Arc::new(node));
-            self.snapshot = None;
-        }
+    fn learnt(&mut self, node: NodeFacts) -> Option<Change> {
+        let before = self.newest(&node.name).filter(|known| is_newer(&node, known)).cloned()?;
+        self.learnt.insert(node.name.clone(), Arc::new(node));
+        self.snapshot = None;
+        self.changed(&before.name, Some(&before))
+    }
+
+    fn changed(&self, name: &str, before: Option<&NodeFacts>) -> Option<Change> {
+        let now = self.newest(name)?;
+        let same = before.is_some_and(|before| says_the_same(before, now));
+        (!same).then(|| Change::Node(name.to_owned()))
     }
 
     /// A node as it was last seen, read or written, whichever is newest.
     fn newest(&self, name: &str) -> Option<&Arc<NodeFacts>> {
         self.learnt.get(name).or_else(|| self.seen.get(name))
+    }
+
+    fn linux(&self, name: &str) -> Option<Arc<NodeFacts>> {
+        self.newest(name).filter(|node| node.linux).cloned()
     }
 
     fn all(&mut self) -> Snapshot {
@@ -222,6 +254,7 @@ mod tests {
     use serde_json::json;
 
     use super::super::facts::tests::object;
+    use super::super::follow::{Changed, FOLLOWED};
     use super::*;
 
     fn node(name: &str, version: &str) -> Node {
@@ -236,9 +269,9 @@ mod tests {
 
     fn known() -> Known {
         let mut known = Known::default();
-        assert!(!known.apply(Event::Init) && !known.apply(Event::InitApply(node("a", "9"))));
+        assert_eq!((known.apply(Event::Init), known.apply(Event::InitApply(node("a", "9")))), (None, None));
         assert!(known.all().is_empty(), "a list counts when it is complete");
-        assert!(known.apply(Event::InitDone));
+        assert_eq!(known.apply(Event::InitDone), Some(Change::All));
         known
     }
 
@@ -274,7 +307,7 @@ mod tests {
     fn a_node_that_is_gone_is_forgotten() {
         let mut known = known();
         known.learnt(NodeFacts::from(&node("a", "12")));
-        assert!(known.apply(Event::Delete(node("a", "13"))));
+        assert_eq!(known.apply(Event::Delete(node("a", "13"))), Some(change("a")));
         assert!(known.all().is_empty() && known.learnt.is_empty());
         known.learnt(NodeFacts::from(&node("a", "12")));
         assert!(known.all().is_empty(), "an answer that comes late makes no node");
@@ -287,19 +320,64 @@ mod tests {
         assert!(known.all().is_empty() && known.learnt.is_empty());
     }
 
+    fn change(name: &str) -> Change {
+        Change::Node(name.to_owned())
+    }
+
     #[test]
     fn what_nobody_decides_by_wakes_nobody() {
         let mut known = known();
-        assert!(!known.apply(Event::Apply(node("a", "10"))), "a kubelet's heartbeat");
+        assert_eq!(known.apply(Event::Apply(node("a", "10"))), None, "a kubelet's heartbeat");
         assert_eq!(versions(&mut known), one("a", "10"));
-        assert!(known.apply(Event::Apply(uncordoned("a", "11"))));
-        known.learnt(NodeFacts::from(&node("a", "13")));
-        assert!(!known.apply(Event::Apply(uncordoned("a", "12"))));
-        assert!(
-            known.apply(Event::Apply(node("a", "13"))),
-            "what was written is told like what others write"
-        );
-        assert!(known.apply(Event::Apply(node("b", "14"))));
+        assert_eq!(known.apply(Event::Apply(uncordoned("a", "11"))), Some(change("a")));
+        assert_eq!(known.learnt(NodeFacts::from(&node("a", "13"))), Some(change("a")));
+        assert_eq!(known.learnt(NodeFacts::from(&node("a", "14"))), None, "read, and nothing is new");
+        assert_eq!(known.apply(Event::Apply(uncordoned("a", "12"))), None, "older than what is known");
+        assert_eq!(known.apply(Event::Apply(node("a", "13"))), None, "an own write that comes back");
+        assert_eq!(known.apply(Event::Apply(uncordoned("a", "15"))), Some(change("a")));
+        assert_eq!(known.apply(Event::Apply(node("b", "16"))), Some(change("b")));
+    }
+
+    fn nodes(known: Known) -> Nodes {
+        Nodes {
+            known: Arc::new(Mutex::new(known)),
+            news: Arc::new(News::new()),
+            watching: Arc::new(Watching::none()),
+        }
+    }
+
+    fn told(following: &mut Following) -> Vec<(String, Option<String>)> {
+        let Changed::Some(changed) = following.take() else { panic!("all") };
+        changed.into_iter().map(|(name, node)| (name, node.map(|node| node.version.clone()))).collect()
+    }
+
+    #[test]
+    fn who_follows_is_told_all_once_and_then_what_changes() {
+        let nodes = nodes(known());
+        let apply = |event| {
+            let change = lock(&nodes.known).apply(event);
+            nodes.news.tell(change);
+        };
+        let (mut following, changes) = (nodes.follow(), nodes.changes());
+        assert!(matches!(following.take(), Changed::All(all) if all.len() == 1));
+        assert_eq!((told(&mut following), changes.has_changed().unwrap()), (vec![], false));
+        apply(Event::Apply(node("b", "10")));
+        nodes.learnt(NodeFacts::from(&uncordoned("a", "12")));
+        apply(Event::Apply(node("a", "11")));
+        apply(Event::Apply(uncordoned("a", "12")));
+        let both = [("a".to_owned(), Some("12".to_owned())), ("b".to_owned(), Some("10".to_owned()))];
+        assert_eq!((told(&mut following), changes.has_changed().unwrap()), (both.to_vec(), true));
+        apply(Event::Delete(node("a", "13")));
+        assert_eq!(told(&mut following), [("a".to_owned(), None)]);
+        apply(Event::Init);
+        apply(Event::InitDone);
+        assert!(matches!(following.take(), Changed::All(all) if all.is_empty()));
+        for version in 20..25 + FOLLOWED {
+            let event = if version % 2 == 0 { node } else { uncordoned };
+            apply(Event::Apply(event("c", &version.to_string())));
+        }
+        assert!(matches!(following.take(), Changed::All(all) if all.len() == 1), "more than are kept");
+        assert_eq!(told(&mut following), []);
     }
 
     #[test]
@@ -309,14 +387,11 @@ mod tests {
         windows["metadata"]["labels"]["kubernetes.io/os"] = json!("windows");
         known.apply(Event::Apply(serde_json::from_value(windows.clone()).unwrap()));
         assert_eq!(versions(&mut known), one("a", "9"));
-        let (tick, changes) = watch::channel(0);
-        let nodes =
-            Nodes { known: Arc::new(Mutex::new(known)), changes, _watching: Arc::new(Watching::none()) };
+        let nodes = nodes(known);
         assert!(nodes.foreign().is_empty() && nodes.get("w").is_none() && nodes.get("a").is_some());
         windows["metadata"]["annotations"]["flannel.example/kube-subnet-manager"] = json!("true");
         windows["metadata"]["annotations"][keys::REPORT] = json!("{}");
         lock(&nodes.known).apply(Event::Apply(serde_json::from_value(windows).unwrap()));
         assert_eq!(nodes.foreign(), ["w"]);
-        drop(tick);
     }
 }

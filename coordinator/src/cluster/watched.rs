@@ -45,6 +45,11 @@ impl Watching {
         Self(Some(task))
     }
 
+    /// Whether it has ended.
+    pub(super) fn ended(&self) -> bool {
+        self.0.as_ref().is_some_and(tokio::task::JoinHandle::is_finished)
+    }
+
     /// Of nothing.
     #[cfg(test)]
     pub(super) const fn none() -> Self {
@@ -123,7 +128,9 @@ where
     /// What wakes up on each change. A change before the call isn't told again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        from_now(&self.changes)
+        let mut changes = self.changes.clone();
+        changes.borrow_and_update();
+        changes
     }
 
     /// Waits until `holds`, looking at each change; `None` when it doesn't within `limit`.
@@ -134,13 +141,6 @@ where
     ) -> Option<T> {
         until(self.changes(), limit, || holds(&self.store.state())).await
     }
-}
-
-/// What wakes up on each change from now on.
-pub(super) fn from_now(changes: &watch::Receiver<u64>) -> watch::Receiver<u64> {
-    let mut changes = changes.clone();
-    changes.borrow_and_update();
-    changes
 }
 
 /// Looks at once and at each change, until there is something to be seen; `None` when there isn't within `limit`.

@@ -91,8 +91,8 @@ pub fn compose(
         })
         .collect();
     let rolling = noted.phase == Phase::Roll;
-    let granting = BTreeSet::new();
-    let known = Known { nodes, own, leased_for: &leased_for, granting: &granting, request: None };
+    let busy = BTreeMap::new();
+    let known = Known { nodes, own, leased_for: &leased_for, busy: &busy, request: None };
     let planned = plan(&known, policy, now);
     let waiting: BTreeMap<&str, &Waiting> = if rolling {
         planned.waiting.iter().map(|waiting| (waiting.node.name.as_str(), waiting)).collect()

@@ -7,7 +7,7 @@ use std::time::Duration;
 use flannel_migration_coordinator::args::Policy;
 use flannel_migration_coordinator::cluster::NodeFacts;
 use flannel_migration_coordinator::patch;
-use flannel_migration_coordinator::plan::{End, Known, Plan, Step, back_off, plan};
+use flannel_migration_coordinator::plan::{End, Known, Moment, Planner, Step, back_off, plan};
 use flannel_migration_protocol::{
     CalicoFacts, Epoch, FlannelFacts, Goal, Grant, Network, Request, State, Writer,
 };
@@ -58,11 +58,11 @@ pub struct Leader {
     observed: (u64, u64),
     seen: BTreeMap<String, usize>,
     wrote: BTreeMap<String, u64>,
-    leased: BTreeMap<String, (Epoch, u64)>,
     tasks: BTreeMap<String, Task>,
     /// No more budgets are in the way of evictions.
     pub calm: bool,
-    pub last: Option<Plan>,
+    /// What it has decided by since it leads, and the version of each node that it was shown last.
+    pub planner: Option<(Planner, BTreeMap<String, u64>)>,
 }
 
 impl Leader {
@@ -75,10 +75,9 @@ impl Leader {
             observed: (0, 0),
             seen: BTreeMap::new(),
             wrote: BTreeMap::new(),
-            leased: BTreeMap::new(),
             tasks: BTreeMap::new(),
             calm: false,
-            last: None,
+            planner: None,
         }
     }
 
@@ -94,6 +93,13 @@ impl Leader {
         *self = Self { alive: false, observed: self.observed, ..Self::new(self.id) };
     }
 
+    /// Its tasks end with its leadership.
+    fn depose(&mut self) {
+        self.until = None;
+        self.tasks.clear();
+        self.planner = None;
+    }
+
     fn bound(&self, now: u64) -> Option<u64> {
         self.until.filter(|until| now + MARGIN < *until)
     }
@@ -101,9 +107,7 @@ impl Leader {
     /// Takes or renews the leadership. `partitioned`: can't reach the API server.
     fn lead(&mut self, lease: &mut Lease, store: &Store, now: u64, partitioned: bool) {
         if self.until.is_some_and(|until| until <= now) {
-            // Its tasks end with it.
-            self.until = None;
-            self.tasks.clear();
+            self.depose();
         }
         if partitioned {
             return;
@@ -116,8 +120,7 @@ impl Leader {
                 lease.renewals += 1;
                 self.until = Some(now + DURATION);
             } else {
-                self.until = None;
-                self.tasks.clear();
+                self.depose();
             }
         } else if lease.holder.is_none() || now - self.observed.1 >= DURATION {
             lease.holder = Some(self.id);
@@ -128,7 +131,7 @@ impl Leader {
             // The list that a watch begins with is what the API server has then.
             self.seen = store.nodes.iter().map(|(name, history)| (name.clone(), history.len() - 1)).collect();
             self.wrote.clear();
-            self.leased.clear();
+            self.planner = None;
         }
     }
 
@@ -161,6 +164,9 @@ impl Leader {
             let names: Vec<&String> = self.tasks.keys().collect();
             let name = names[random.below(names.len())].clone();
             self.go_on(&name, store, request, now, wall, random);
+            if let Some((planner, _)) = self.planner.as_mut().filter(|_| !self.tasks.contains_key(&name)) {
+                planner.ended(&name);
+            }
         } else {
             self.look(store, policy, request, now, wall);
         }
@@ -173,7 +179,7 @@ impl Leader {
     }
 
     pub fn end(&self) -> Option<End> {
-        self.last.as_ref().filter(|_| self.tasks.is_empty()).and_then(Plan::end)
+        self.planner.as_ref().and_then(|(planner, _)| planner.end())
     }
 
     /// The newest of what was seen and what was written, as the program keeps them.
@@ -196,29 +202,32 @@ impl Leader {
 
     fn look(&mut self, store: &Store, policy: &Policy, request: Option<Request>, now: u64, wall: Timestamp) {
         let nodes = self.facts(store);
+        let (planner, shown) =
+            self.planner.get_or_insert_with(|| (Planner::new(policy, None), BTreeMap::new()));
         for node in &nodes {
-            match node.view.lease.get() {
-                Some(epoch) if self.leased.get(&node.name).is_none_or(|(known, _)| known != epoch) => {
-                    self.leased.insert(node.name.clone(), (*epoch, now));
-                }
-                Some(_) => {}
-                None => drop(self.leased.remove(&node.name)),
+            let version = node.version.parse().unwrap();
+            if shown.insert(node.name.clone(), version) != Some(version) {
+                planner.see(node.name.clone(), Some(Arc::clone(node)));
             }
         }
-        let leased_for = self
-            .leased
-            .iter()
-            .map(|(node, (_, since))| (node.clone(), Duration::from_millis(now - since)))
-            .collect();
-        let granting = self.tasks.iter().filter(|(_, task)| matches!(task.step, Step::Grant { .. }));
-        let granting = granting.map(|(node, _)| node.clone()).collect();
-        let known = Known { nodes: &nodes, own: None, leased_for: &leased_for, granting: &granting, request };
-        let plan = plan(&known, policy, wall);
-        for action in &plan.actions {
-            let task = Task { step: action.step.clone(), stage: Stage::Read, written: 0 };
-            self.tasks.entry(action.node.clone()).or_insert(task);
+        let own = Duration::from_millis(now);
+        planner.look(request, Moment { wall, own });
+        // What looks at what has changed decides as what looks at everything does.
+        let leased_for =
+            nodes.iter().filter_map(|node| Some((node.name.clone(), planner.leased_for(&node.name, own)?)));
+        let leased_for = leased_for.collect();
+        let busy = planner.busy().clone();
+        let known = Known { nodes: &nodes, own: None, leased_for: &leased_for, busy: &busy, request };
+        let mut plan = plan(&known, policy, wall);
+        assert_eq!((planner.done(), planner.alarms()), (plan.done, plan.alarms.clone()));
+        assert_eq!(planner.end(), plan.end().filter(|_| busy.is_empty()));
+        plan.actions.retain(|action| !busy.contains_key(&action.node));
+        let actions = planner.start();
+        assert_eq!(actions, plan.actions);
+        for action in actions {
+            let task = Task { step: action.step, stage: Stage::Read, written: 0 };
+            assert!(self.tasks.insert(action.node, task).is_none());
         }
-        self.last = Some(plan);
     }
 
     fn go_on(

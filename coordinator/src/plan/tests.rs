@@ -1,11 +1,14 @@
-use flannel_migration_protocol::{CalicoFacts, Failures, Field, FlannelFacts, Grant, Report};
+use flannel_migration_protocol::{CalicoFacts, Failures, Field, FlannelFacts, Grant, Report, State};
 use proptest::prelude::{Just, Strategy as _, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use rstest::rstest;
 
+use super::slots::unavailable;
 use super::*;
 use crate::args::MaxUnavailable;
 
-#[path = "plan_requests_tests.rs"]
+#[path = "planner_tests.rs"]
+mod planner;
+#[path = "requests_tests.rs"]
 mod requests;
 
 fn policy(max_unavailable: &str) -> Policy {
@@ -104,7 +107,7 @@ fn decide(nodes: &[NodeFacts], policy: &Policy) -> Plan {
             nodes: &shared(nodes),
             own: Some("own"),
             leased_for: &BTreeMap::new(),
-            granting: &BTreeSet::new(),
+            busy: &BTreeMap::new(),
             request: None,
         },
         policy,
@@ -125,13 +128,17 @@ fn reasons(plan: &Plan) -> Vec<&'static str> {
 }
 
 #[test]
-fn a_lease_that_is_just_being_written_uses_its_slot() {
-    let (nodes, granting) = (shared(&[flannel("a"), flannel("b")]), BTreeSet::from(["a".to_owned()]));
-    let known =
-        Known { nodes: &nodes, own: None, leased_for: &BTreeMap::new(), granting: &granting, request: None };
-    let plan = plan(&known, &policy("1"), now());
-    assert_eq!(granted(&plan), Vec::<&str>::new(), "{plan:?}");
-    assert_eq!(reasons(&plan), ["LeaseUnderWay", "NoFreeSlot"]);
+fn a_lease_that_is_just_being_written_uses_its_slot_and_other_steps_use_none() {
+    let nodes = shared(&[flannel("a"), flannel("b")]);
+    let grant = Step::Grant { epoch: Epoch::FIRST, goal: Goal::Migrate, strategy: Strategy::Drain };
+    for (step, goes) in [(grant, None), (Step::Enrol, Some("b"))] {
+        let busy = BTreeMap::from([("a".to_owned(), step)]);
+        let known =
+            Known { nodes: &nodes, own: None, leased_for: &BTreeMap::new(), busy: &busy, request: None };
+        let plan = plan(&known, &policy("1"), now());
+        assert_eq!(granted(&plan), Vec::from_iter(goes), "{plan:?}");
+        assert_eq!(plan.waiting[0].reason, "StepUnderWay");
+    }
 }
 
 #[rstest]
@@ -175,7 +182,7 @@ fn while_it_is_the_agents_turn_nothing_is_done(
             nodes: &shared(&[node, flannel("b")]),
             own: None,
             leased_for: &long,
-            granting: &BTreeSet::new(),
+            busy: &BTreeMap::new(),
             request: None,
         },
         &policy("2"),
@@ -201,16 +208,6 @@ fn workers_come_first_and_the_own_node_last() {
     let nodes = [control_plane, own, flannel("z"), flannel("b")];
     assert_eq!(granted(&decide(&nodes, &policy("1"))), ["b"]);
     assert_eq!(granted(&decide(&nodes, &policy("100%"))), ["b", "z", "a-control-plane", "own"]);
-}
-
-#[test]
-fn a_lease_that_is_being_written_has_its_slot_already() {
-    let nodes = shared(&[flannel("a"), flannel("b")]);
-    let granting = BTreeSet::from(["a".to_owned()]);
-    let known =
-        Known { nodes: &nodes, own: None, leased_for: &BTreeMap::new(), granting: &granting, request: None };
-    let plan = plan(&known, &policy("1"), now());
-    assert_eq!((granted(&plan), reasons(&plan)), (vec![], vec!["LeaseUnderWay", "NoFreeSlot"]));
 }
 
 #[test]

@@ -7,7 +7,7 @@ fn by_request(nodes: &[NodeFacts], request: Request) -> Plan {
         nodes: &shared(nodes),
         own: None,
         leased_for: &BTreeMap::new(),
-        granting: &BTreeSet::new(),
+        busy: &BTreeMap::new(),
         request: Some(request),
     };
     plan(&known, &policy("1"), now())
@@ -91,7 +91,7 @@ fn trouble_elsewhere_stops_migrations_and_not_rollbacks() {
         nodes: &nodes,
         own: None,
         leased_for: &BTreeMap::new(),
-        granting: &BTreeSet::new(),
+        busy: &BTreeMap::new(),
         request: Some(Request::Rollback),
     };
     assert_eq!(granted(&plan(&known, &policy("2"), now())), ["c"]);

@@ -304,6 +304,10 @@ impl Steps {
         let mut renewed = 0;
         if grant.strategy == Strategy::Drain {
             let adopted = facts.view.adopted.get().map_or(&[][..], Vec::as_slice);
+            if !adopted.is_empty() {
+                // Pods that were evicted need not wait for others that are made anew here.
+                self.swap(node, "uncordon the node", |now| patch::reopened(now, epoch)).await?;
+            }
             renewed =
                 match drain::renew(&self.writer, node, adopted, self.policy.drain_timeout.min(RENEW_LIMIT))
                     .await

@@ -102,6 +102,14 @@ pub fn given_back(now: &NodeFacts, epoch: Epoch, failures: Option<Failures>) -> 
     holds(&now.view, epoch, &[State::Flannel]).then(|| released(now, failures, Some(Network::Flannel)))
 }
 
+/// Lets pods come to a node that is Calico's, verified, under its lease still; `None` when we keep none away.
+#[must_use]
+pub fn reopened(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
+    let spec = schedulable(now);
+    let closed = holds(&now.view, epoch, &[State::Calico]) && !spec.is_empty();
+    closed.then(|| json!({ "metadata": { "annotations": { keys::CORDONED: null } }, "spec": spec }))
+}
+
 /// Takes the lease back from a node that is Calico's, verified.
 #[must_use]
 pub fn settled(now: &NodeFacts, epoch: Epoch) -> Option<Value> {
@@ -129,6 +137,16 @@ pub fn released(now: &NodeFacts, failures: Option<Failures>, network: Option<Net
         "labels": { keys::LEASE: null, keys::NETWORK: network },
         "annotations": { keys::GRANT: null, keys::CORDONED: null, keys::FAILURES: failures },
     });
+    let spec = schedulable(now);
+    if spec.is_empty() {
+        json!({ "metadata": metadata })
+    } else {
+        json!({ "metadata": metadata, "spec": spec })
+    }
+}
+
+/// What is to be changed of a node's spec so that it takes pods again: only what was us.
+fn schedulable(now: &NodeFacts) -> Map<String, Value> {
     let mut spec = Map::new();
     if now.view.cordoned {
         spec.insert("unschedulable".to_owned(), Value::Null);
@@ -136,11 +154,7 @@ pub fn released(now: &NodeFacts, failures: Option<Failures>, network: Option<Net
     if let Some(taints) = without_taint(now) {
         spec.insert("taints".to_owned(), taints);
     }
-    if spec.is_empty() {
-        json!({ "metadata": metadata })
-    } else {
-        json!({ "metadata": metadata, "spec": spec })
-    }
+    spec
 }
 
 /// One more failure: tried again after a pause that grows.
@@ -161,6 +175,8 @@ pub fn failure(view: &NodeView, epoch: Epoch, touched: bool, reason: &str, messa
 
 #[cfg(test)]
 mod tests {
+    use flannel_migration_protocol::Field;
+
     use super::*;
 
     #[test]
@@ -169,6 +185,25 @@ mod tests {
         assert!(released(&node, None, None).get("spec").is_none());
         node.view.cordoned = true;
         assert_eq!(released(&node, None, None)["spec"], json!({ "unschedulable": null }));
+    }
+
+    #[test]
+    fn a_verified_node_takes_pods_again_before_its_lease_ends_and_only_what_was_us_is_undone() {
+        let mut node = prepared();
+        node.unschedulable = true;
+        node.view.cordoned = true;
+        node.taints = vec![json!({ "key": keys::CLEARING, "effect": "NoSchedule" })];
+        assert_eq!(reopened(&node, Epoch::FIRST), None, "not verified");
+        node.view.state = Field::Present(State::Calico);
+        if let Field::Present(report) = &mut node.view.report {
+            report.state = State::Calico;
+        }
+        let patch = reopened(&node, Epoch::FIRST).unwrap();
+        assert_eq!(patch["spec"], json!({ "unschedulable": null, "taints": [] }));
+        assert_eq!(patch["metadata"], json!({ "annotations": { keys::CORDONED: null } }));
+        node.view.cordoned = false;
+        node.taints.clear();
+        assert_eq!(reopened(&node, Epoch::FIRST), None, "somebody else's cordon stays");
     }
 
     #[test]

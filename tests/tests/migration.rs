@@ -58,6 +58,7 @@ use std::{
 
 use flannel_migration_tests::{
     bed::Bed,
+    bench::history::Follower,
     migration::{self, Job, LEASE_LABEL, STATE_LABEL, checks},
     probe::{Workloads, deploy_to},
     run,
@@ -220,6 +221,7 @@ fn a_run_outlives_its_coordinators_needs_every_right_it_has_and_changes_nothing_
     let scratch = bed("m-interrupt", Shape { nodes: NodeShape::numbered(2), ..Shape::default() });
     let bed = &scratch.bed;
     deploy_to(&bed.plan.kubeconfig(), &Workloads::default(), Duration::from_mins(2)).unwrap();
+    let follower = Follower::start(&bed.plan.kubeconfig(), Instant::now()).unwrap();
     // On a known node, so that it is certain to be on the node that is migrated: its own is the last one.
     migration::apply_with(bed, &[("STRATEGY", "drain")], |job| {
         job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = json!("n2");
@@ -241,6 +243,12 @@ fn a_run_outlives_its_coordinators_needs_every_right_it_has_and_changes_nothing_
     complete(bed, Duration::from_mins(3));
     eprintln!("m-interrupt: 1/1 after {:.1} s with 5 interruptions", began.elapsed().as_secs_f32());
     expect_migrated(bed);
+    for (node, moments) in follower.finish() {
+        let reopened = moments.iter().any(|now| now.leased && now.state == "calico" && !now.cordoned);
+        assert!(reopened, "{node} takes no pods before its left-over pods are made anew: {moments:#?}");
+        let closed = moments.iter().filter(|now| now.network == "none").all(|now| now.cordoned);
+        assert!(closed, "{node} isn't cordoned while it has no network: {moments:#?}");
+    }
     let policies = checks::policies(bed).unwrap();
     assert!(policies.is_empty(), "{}", policies.join("\n"));
 

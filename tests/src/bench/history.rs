@@ -39,11 +39,13 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// Whether somebody is at work on the node: it is leased or cordoned, has no network of its own, or its agent isn't at rest.
+    /// Whether somebody is at work on the node: it is cordoned, has no network of its own, or its agent is to change it or isn't at rest.
+    /// What happens to pods once it is verified and takes some again isn't the node's time.
     #[must_use]
     pub fn busy(&self) -> bool {
         let at_rest = matches!(self.state.as_str(), "" | "flannel" | "calico");
-        self.leased || self.cordoned || self.network == "none" || !at_rest
+        let to_be_changed = self.leased && self.state != "calico";
+        to_be_changed || self.cordoned || self.network == "none" || !at_rest
     }
 
     fn differs(&self, other: &Self) -> bool {
@@ -54,7 +56,7 @@ impl Moment {
 /// All moments of all nodes at which something changed.
 pub type History = BTreeMap<String, Vec<Moment>>;
 
-/// A node's own time, in seconds: from the first change to the last moment at which it became schedulable, verified and given back.
+/// A node's own time, in seconds: from the first change to the last moment at which it became schedulable and verified.
 #[must_use]
 pub fn own_time(moments: &[Moment]) -> Option<f64> {
     let began = moments.iter().find(|moment| moment.busy())?.at;
@@ -252,8 +254,9 @@ mod tests {
             moment(1.0, false, false, "flannel", "flannel"),
             moment(2.0, true, false, "flannel", "prepared"),
             moment(3.0, true, false, "none", "switching"),
-            moment(6.0, true, false, "calico", "calico"),
-            moment(7.0, false, false, "calico", "calico"),
+            moment(6.0, true, true, "calico", "calico"),
+            moment(7.0, true, false, "calico", "calico"),
+            moment(9.0, false, false, "calico", "calico"),
         ];
         assert_eq!(own_time(&ours), Some(5.0));
         let both = History::from([("a".into(), peer.to_vec()), ("b".into(), ours.to_vec())]);

@@ -125,9 +125,9 @@ fn text(kept: &Kept) -> String {
          Three nodes, the same workloads (echo and echo2 on every node, six web pods behind Services), a prober with one probe a flow every 10 ms \
          and a time-out of 2 s; a fresh cluster for each run, {rounds} round{}, alternating order. Calico's controller is that of Calico v3.28.5, \
          with its stock manifest; its `kubectl drain --delete-local-data` is translated for today's kubectl. Images are on the nodes before.\n\n\
-         A node's own time is from its first change (cordon, lease or network label) to the last moment at which it becomes schedulable, \
-         without lease, with its agent at rest: for our side that is after the verification with traffic, for Calico's controller after \
-         calico-node is Ready.\n\n",
+         A node's own time is from its first change (cordon, lease or network label) to the last moment at which it becomes schedulable and \
+         verified: for our side that is after the verification with traffic, for Calico's controller after calico-node is Ready. The pods that \
+         a drain leaves are made anew after that, and the next node waits for them; Calico's controller deletes them before, and waits for none.\n\n",
         if rounds == 1 { "" } else { "s" }
     );
     text.push_str(&sides(kept));

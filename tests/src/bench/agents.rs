@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -46,6 +49,8 @@ pub type Courses = BTreeMap<String, Course>;
 /// All simulated agents, on a thread of their own.
 pub struct Agents {
     courses: Arc<Mutex<Courses>>,
+    /// How long each waits for Calico, in milliseconds.
+    pace: Arc<AtomicU64>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -58,16 +63,22 @@ impl Agents {
         // An entry of a node that nothing was done on; it is never written.
         let blank = Journal::open(&scratch.join("journal"), "blank").context("can't make a journal")?.entry;
         let courses: Arc<Mutex<Courses>> = Arc::default();
-        let shared = Arc::clone(&courses);
+        let pace = Arc::new(AtomicU64::new(0));
+        let (shared, paced) = (Arc::clone(&courses), Arc::clone(&pace));
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {
             let seen: Api<PartialObjectMeta<Node>> = Api::all(client);
-            let all = All { nodes: seen.clone(), pods, blank, courses: shared };
+            let all = All { nodes: seen.clone(), pods, blank, courses: shared, pace: paced };
             runtime.block_on(async {
                 tokio::select! { () = all.serve(seen) => {}, _ = stopped => {} }
             });
         });
-        Ok(Self { courses, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { courses, pace, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Has every agent wait so long for Calico from now on.
+    pub fn pace(&self, pace: Duration) {
+        self.pace.store(u64::try_from(pace.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// What became of the nodes so far.
@@ -103,6 +114,7 @@ struct All {
     pods: u32,
     blank: Entry,
     courses: Arc<Mutex<Courses>>,
+    pace: Arc<AtomicU64>,
 }
 
 impl All {
@@ -141,6 +153,7 @@ impl All {
             written: String::new(),
             status: None,
             courses: Arc::clone(&self.courses),
+            pace: Arc::clone(&self.pace),
         }
     }
 
@@ -180,6 +193,7 @@ struct Agent {
     written: String,
     status: Option<&'static str>,
     courses: Arc<Mutex<Courses>>,
+    pace: Arc<AtomicU64>,
 }
 
 impl Agent {
@@ -220,7 +234,10 @@ impl Agent {
                 self.enter(&seen, State::Switching, "Switching").await;
                 self.enter(&seen, State::Verifying, "Switched").await;
             }
-            Next::Verify => self.enter(&seen, State::Calico, "Migrated").await,
+            Next::Verify => {
+                tokio::time::sleep(Duration::from_millis(self.pace.load(Ordering::Relaxed))).await;
+                self.enter(&seen, State::Calico, "Migrated").await;
+            }
             Next::Revert(reason, _) => self.enter(&seen, State::Reverting, reason).await,
             Next::RollBack(grant) => {
                 self.begin(*grant);

@@ -3,7 +3,10 @@
 use std::{fs, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
-use nix::unistd::{SysconfVar, sysconf};
+use nix::{
+    time::{ClockId, clock_getcpuclockid},
+    unistd::Pid,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::bed::{Bed, cgroup::Cgroup};
@@ -29,24 +32,16 @@ pub fn with_bed(bed: &Bed, program: &Path) -> Result<Command> {
 
 /// Looks at a process.
 pub fn usage(pid: u32) -> Result<Usage> {
-    let stat =
-        fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("no process {pid}"))?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    // Hertz of the kernel's account, 100 nearly everywhere.
-    let hertz = sysconf(SysconfVar::CLK_TCK)?.and_then(|hertz| u64::try_from(hertz).ok()).unwrap_or(100);
-    let ticks = ticks(&stat).with_context(|| format!("can't read the account of process {pid}"))?;
+    let process = Pid::from_raw(i32::try_from(pid)?);
+    // To the nanosecond; /proc/PID/stat counts ticks, and may be off by several of them.
+    let clock = clock_getcpuclockid(process).and_then(ClockId::now);
+    let cpu = Duration::from(clock.with_context(|| format!("can't read the clock of process {pid}"))?);
     Ok(Usage {
-        cpu: Duration::from_millis(ticks * 1000 / hertz.max(1)),
+        cpu,
         resident: kilobytes(&status, "VmRSS:") * 1024,
         peak: kilobytes(&status, "VmHWM:") * 1024,
     })
-}
-
-/// Fields 14 and 15; the name before them may hold anything, even parentheses.
-fn ticks(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_whitespace().skip(11);
-    Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
 fn kilobytes(status: &str, field: &str) -> u64 {
@@ -59,9 +54,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_account_is_read_behind_a_name_with_parentheses() {
-        let stat = "12 (a) b) S 1 12 12 0 -1 4194304 100 0 0 0 70 30 0 0 20 0 1 0 5 1000 200";
-        assert_eq!(ticks(stat), Some(100));
+    fn a_processs_time_goes_on_and_its_memory_is_read_from_its_status() {
+        let before = usage(std::process::id()).unwrap();
+        let sum: u64 = (0..2_000_000_u64).map(std::hint::black_box).sum();
+        assert!(usage(std::process::id()).unwrap().cpu > before.cpu, "{sum}");
+        assert!(before.resident > 0 && before.peak >= before.resident, "{before:?}");
         assert_eq!(kilobytes("Name:\tx\nVmHWM:\t   2048 kB\n", "VmHWM:"), 2048);
     }
 }

@@ -28,6 +28,8 @@ use crate::{
 pub const PODS: u32 = 3;
 /// Name of the test bed.
 pub const BED: &str = "b-scale";
+/// How long an agent waits for Calico where it isn't there at once: as long as on the nodes of `hack/bench sides`.
+const PACE: Duration = Duration::from_millis(4500);
 /// How long the start may take.
 const START: Duration = Duration::from_mins(8);
 
@@ -39,6 +41,8 @@ pub struct Figures {
     pub nodes: u32,
     /// `max-unavailable`.
     pub max: String,
+    /// Seconds that each agent waits for Calico; 0: it has nothing to do.
+    pub pace: f64,
     /// Whether another one was killed in the middle of the roll just before.
     pub restarted: bool,
     /// Seconds from the start to leading. After a kill, the dead one's lease has to run out first.
@@ -76,6 +80,18 @@ pub struct Figures {
 }
 
 impl Figures {
+    /// `max-unavailable` as a number of nodes.
+    #[must_use]
+    pub fn at_once(&self) -> u32 {
+        at_once(&self.max, self.nodes)
+    }
+
+    /// How nodes were taken through, in words.
+    #[must_use]
+    pub fn manner(&self) -> String {
+        if self.pace > 0.0 { format!("{}, agents take {} s", self.max, self.pace) } else { self.max.clone() }
+    }
+
     /// A quantity per node taken through.
     #[must_use]
     pub fn per_node(&self, quantity: f64) -> f64 {
@@ -83,17 +99,24 @@ impl Figures {
     }
 }
 
-/// One coordinator's turn.
+fn at_once(max: &str, nodes: u32) -> u32 {
+    let number = |text: &str| text.parse::<u32>().unwrap_or(0);
+    max.strip_suffix('%').map_or_else(|| number(max), |percent| nodes * number(percent) / 100).max(1)
+}
+
+/// One coordinator's turn. It is measured when as many nodes are through as are in change at once: before, more is begun than ended.
 #[derive(Debug, Clone, Copy)]
 struct Turn {
     max: &'static str,
-    /// Ends when so many nodes are through,
+    /// Ends when so many nodes are through since,
     nodes: u32,
     /// or after this time.
     limit: Duration,
+    /// How long each agent waits for Calico.
+    pace: Duration,
 }
 
-/// One cluster of `count` nodes, three coordinators one after another, each but the first after a kill.
+/// One cluster of `count` nodes, coordinators one after another, each but the first after a kill.
 pub fn run(count: u32, testbed: &Path) -> Result<()> {
     teardown::down(BED)?;
     let result = measure(count, testbed);
@@ -110,11 +133,17 @@ fn measure(count: u32, testbed: &Path) -> Result<()> {
     eprintln!("bench: {count} nodes made in {:.1} s", began.elapsed().as_secs_f64());
     let scratch = tempfile::tempdir()?;
     let agents = Agents::start(&bed.plan.kubeconfig(), PODS, scratch.path())?;
-    let turns = [
-        Turn { max: "1", nodes: (count / 5).min(20), limit: Duration::from_mins(1) },
-        Turn { max: "10", nodes: (count / 5).min(100), limit: Duration::from_mins(1) },
-        Turn { max: "10%", nodes: (count * 2 / 5).min(1000), limit: Duration::from_secs(90) },
+    let flat_out =
+        |max, nodes: u32| Turn { max, nodes, limit: Duration::from_secs(90), pace: Duration::ZERO };
+    let mut turns = vec![
+        flat_out("1", (count / 5).min(50)),
+        flat_out("10", (count / 5).min(100)),
+        flat_out("10%", (count * 3 / 10).min(1000)),
     ];
+    // Small clusters have no nodes left by now.
+    if count >= 1000 {
+        turns.push(Turn { pace: PACE, ..flat_out("10", 60) });
+    }
     for (number, turn) in turns.into_iter().enumerate() {
         let figures = one(&bed, &program, &agents, count, turn, number > 0)
             .with_context(|| format!("{count} nodes, max-unavailable {}", turn.max))?;
@@ -129,7 +158,7 @@ fn line(figures: &Figures) -> String {
         "{} nodes, max-unavailable {}: {} nodes in {:.1} s, {:.1} ms of CPU a node, peak {} MiB; led {:.1} s, judged {:.1} s, \
          prepared {:.1} s, decided {:.1} s",
         figures.nodes,
-        figures.max,
+        figures.manner(),
         figures.taken,
         figures.seconds,
         figures.per_node(figures.cpu) * 1000.0,
@@ -150,6 +179,7 @@ fn one(
     restarted: bool,
 ) -> Result<Figures> {
     let logged = audit::position(bed)?;
+    agents.pace(turn.pace);
     let coordinator = Coordinator::start(bed, program, turn.max)?;
     let outcome = follow(bed, agents, count, turn, restarted, logged, &coordinator);
     outcome.with_context(|| format!("the coordinator said:\n{}", coordinator.last_words()))
@@ -170,19 +200,25 @@ fn follow(
         ensure!(started.elapsed() < START, "no step within {} s", START.as_secs());
         std::thread::sleep(Duration::from_millis(100));
     }
-    let (began, before) = (Instant::now(), agents.courses());
-    let (start, at_start) = (process::usage(coordinator.pid())?, audit::position(bed)?);
-    let passed_start = coordinator.relay.passed();
-    let through = |courses: &Courses| {
+    let through = |courses: &Courses, before: &Courses| {
         let new = courses.iter().filter(|(name, course)| {
             course.released.is_some() && before.get(*name).is_none_or(|before| before.released.is_none())
         });
         u32::try_from(new.count()).unwrap_or(u32::MAX)
     };
-    while began.elapsed() < turn.limit && through(&agents.courses()) < turn.nodes {
-        coordinator.runs()?;
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    let pass = |before: &Courses, nodes: u32| {
+        let began = Instant::now();
+        while began.elapsed() < turn.limit && through(&agents.courses(), before) < nodes {
+            coordinator.runs()?;
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        anyhow::Ok(())
+    };
+    pass(&agents.courses(), at_once(turn.max, count))?;
+    let (began, before) = (Instant::now(), agents.courses());
+    let (start, at_start) = (process::usage(coordinator.pid())?, audit::position(bed)?);
+    let passed_start = coordinator.relay.passed();
+    pass(&before, turn.nodes)?;
     let (seconds, end, after) =
         (began.elapsed().as_secs_f64(), process::usage(coordinator.pid())?, agents.courses());
     let passed = coordinator.relay.passed();
@@ -201,12 +237,13 @@ fn follow(
     Ok(Figures {
         nodes: count,
         max: turn.max.to_owned(),
+        pace: turn.pace.as_secs_f64(),
         restarted,
         led,
         judged: judged - led,
         prepared: prepared - judged,
         decided: decided - prepared,
-        taken: through(&after),
+        taken: through(&after, &before),
         seconds,
         lease: own(&|course| Some((course.released? - course.leased?).as_secs_f64())),
         agent: own(&|course| course.released.map(|_| course.agent.as_secs_f64())),

@@ -35,14 +35,10 @@ fn at_real_pace(kept: &Kept) -> String {
     let Some(node) = Spread::of(kept.node_times(Side::InPlace)).map(|spread| spread.median) else {
         return String::new();
     };
-    let largest = kept.scale.iter().filter(|figures| figures.nodes == 5000);
-    let shares = largest.filter_map(|figures| {
-        let at_once = match figures.max.strip_suffix('%') {
-            Some(percent) => f64::from(figures.nodes) * percent.parse::<f64>().ok()? / 100.0,
-            None => figures.max.parse().ok()?,
-        };
-        let share = figures.per_node(figures.cpu) * at_once / node * 100.0;
-        Some(format!("{} % of a core with {} at a time", number(share), number(at_once)))
+    let largest = kept.scale.iter().filter(|figures| figures.nodes == 5000 && figures.pace == 0.0);
+    let shares = largest.map(|figures| {
+        let share = figures.per_node(figures.cpu) * f64::from(figures.at_once()) / node * 100.0;
+        format!("{} % of a core with {} at a time", number(share), figures.at_once())
     });
     let shares: Vec<String> = shares.collect();
     if shares.is_empty() {
@@ -146,10 +142,30 @@ fn comparison(kept: &Kept) -> Vec<Goal> {
     ]
 }
 
+/// What a node costs in the largest cluster and in the smallest.
+fn growth(kept: &Kept) -> Option<(String, bool)> {
+    let cost = |nodes: u32, max: &str| {
+        let mut runs = kept.scale.iter().filter(|figures| figures.pace == 0.0);
+        let run = runs.find(|figures| figures.nodes == nodes && figures.max == max)?;
+        Some(run.per_node(run.cpu) * 1000.0)
+    };
+    let pairs = ["1", "10"].map(|max| cost(100, max).zip(cost(5000, max)));
+    let [Some(one), Some(ten)] = pairs else { return None };
+    let text = |(small, large): (f64, f64), max| {
+        format!("{} ms against {} ms with {max} at a time", number(large), number(small))
+    };
+    let enough = [one, ten].iter().all(|(small, large)| *large <= small * 1.2);
+    Some((format!("{}, {}", text(one, 1), text(ten, 10)), enough))
+}
+
 fn costs(kept: &Kept) -> Vec<Goal> {
     let largest: Vec<_> = kept.scale.iter().filter(|figures| figures.nodes == 5000).collect();
     let most = |quantity: &dyn Fn(&crate::bench::scale::Figures) -> f64| {
         Spread::of(largest.iter().map(|figures| quantity(figures))).map(|spread| spread.most)
+    };
+    let rolling = |paced: bool| {
+        let runs = largest.iter().filter(|figures| (figures.pace > 0.0) == paced);
+        Spread::of(runs.map(|figures| figures.cpu * 100.0 / figures.seconds)).map(|spread| spread.most)
     };
     let switch = kept.switch.iter().filter(|figures| figures.pods == 110).map(|figures| figures.total);
     let rest = kept.rest.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
@@ -167,9 +183,19 @@ fn costs(kept: &Kept) -> Vec<Goal> {
             reached: at_most(most(&|figures| float(figures.peak >> 10) / 1024.0), 64.0, " MiB"),
         },
         Goal {
-            what: "coordinator at 5,000 nodes: processor while rolling, at most",
+            what: "coordinator at 5,000 nodes: processor while rolling, ten at a time, agents at a real node's pace",
             aim: "under 5 % of a core".into(),
-            reached: at_most(most(&|figures| figures.cpu * 100.0 / figures.seconds), 5.0, " %"),
+            reached: at_most(rolling(true), 5.0, " %"),
+        },
+        Goal {
+            what: "the same, agents that have nothing to do, at most",
+            aim: "under 5 % of a core".into(),
+            reached: at_most(rolling(false), 5.0, " %"),
+        },
+        Goal {
+            what: "coordinator: processor time per node at 5,000 nodes against 100, as many at a time",
+            aim: "no more, within a fifth".into(),
+            reached: growth(kept),
         },
         Goal {
             what: "coordinator at 5,000 nodes: from leading to the verdict",

@@ -25,7 +25,8 @@ fn main() -> ExitCode {
         leave(&options.termination_log, &why);
         return ExitCode::from(2);
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    // One thread: each step is short, and with more they spend their time waking each other up.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(options, 1, &error.to_string()),
     };

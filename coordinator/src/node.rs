@@ -1,6 +1,7 @@
 //! The steps of one node as effects: each checks that it still applies, and writes with the version of the node that it decided by.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_protocol::{Epoch, Evict, Goal, Grant, Network, State, Strategy};
@@ -164,17 +165,25 @@ impl Steps {
     }
 
     async fn clear(&self, node: &str) -> Result<(), Error> {
-        let Some(facts) = self.look(node, &[State::Prepared]).await? else { return Ok(()) };
-        let (Some(grant), Some(report)) = (facts.view.granted(), facts.view.report.get()) else {
-            return Ok(());
+        // In place, where every pod is adopted, nobody is looked for: a watch for each of hundreds of nodes is most of what they take. What is
+        // known of the node is enough then, for all that is done is one write, which is refused when the node is another by now.
+        let known = self.nodes.get(node).filter(|known| patch::all_stay(&known.view));
+        let all_stay = known.is_some();
+        let (epoch, evicted) = if let Some(grant) = known.as_ref().and_then(|known| known.view.granted()) {
+            (grant.epoch, 0)
+        } else {
+            let Some(facts) = self.look(node, &[State::Prepared]).await? else { return Ok(()) };
+            let (Some(grant), Some(report)) = (facts.view.granted(), facts.view.report.get()) else {
+                return Ok(());
+            };
+            let evicted = self.evict(node, grant.epoch, grant.strategy, &report.evict).await?;
+            let Some(evicted) = evicted else { return Ok(()) };
+            (grant.epoch, evicted)
         };
-        let epoch = grant.epoch;
-        // In place, where every pod is adopted, nobody is looked for: a watch for each of hundreds of nodes is most of what they take.
-        let all_stay = grant.strategy == Strategy::InPlace && report.evict.is_empty();
-        let evicted =
-            if all_stay { Some(0) } else { self.evict(node, epoch, grant.strategy, &report.evict).await? };
-        let Some(evicted) = evicted else { return Ok(()) };
-        let left = self.swap(node, "let flannel leave", |now| patch::cleared(now, epoch)).await?;
+        let still = |now: &NodeFacts| !all_stay || patch::all_stay(&now.view);
+        let left = self
+            .swap(node, "let flannel leave", |now| still(now).then(|| patch::cleared(now, epoch)).flatten())
+            .await?;
         if left.is_some() {
             self.board.evicted(node, evicted);
             info!(
@@ -298,7 +307,16 @@ impl Steps {
     }
 
     async fn settle(&self, node: &str) -> Result<(), Error> {
-        let Some(facts) = self.look(node, &[State::Calico]).await? else { return Ok(()) };
+        // In place all that is done is one write, which is refused when the node is another by now.
+        let in_place =
+            |known: &NodeFacts| known.view.granted().is_some_and(|grant| grant.strategy == Strategy::InPlace);
+        let facts = match self.nodes.get(node).filter(|known| in_place(known)) {
+            Some(known) => known,
+            None => match self.look(node, &[State::Calico]).await? {
+                Some(read) => Arc::new(read),
+                None => return Ok(()),
+            },
+        };
         let Some(grant) = facts.view.granted() else { return Ok(()) };
         let epoch = grant.epoch;
         let mut renewed = 0;

@@ -1,6 +1,8 @@
 //! What is written to nodes. Pure.
 
-use flannel_migration_protocol::{Epoch, Failures, Goal, Grant, Network, NodeView, Request, State, keys};
+use flannel_migration_protocol::{
+    Epoch, Failures, Goal, Grant, Network, NodeView, Request, State, Strategy, keys,
+};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
@@ -60,6 +62,14 @@ pub fn without_taint(now: &NodeFacts) -> Option<Value> {
     let others: Vec<&Value> =
         now.taints.iter().filter(|taint| taint.get("key") != Some(&keys::CLEARING.into())).collect();
     (others.len() < now.taints.len()).then(|| json!(others))
+}
+
+/// Whether no pod of a node has to leave before its switch: in place, where its agent can adopt them all.
+#[must_use]
+pub fn all_stay(view: &NodeView) -> bool {
+    let in_place = view.granted().is_some_and(|grant| grant.strategy == Strategy::InPlace);
+    let answered = view.answered() == Some(State::Prepared);
+    in_place && answered && view.report.get().is_some_and(|report| report.evict.is_empty())
 }
 
 /// Lets flannel's pod leave a prepared node.
@@ -175,7 +185,7 @@ pub fn failure(view: &NodeView, epoch: Epoch, touched: bool, reason: &str, messa
 
 #[cfg(test)]
 mod tests {
-    use flannel_migration_protocol::Field;
+    use flannel_migration_protocol::{Evict, Field, Report};
 
     use super::*;
 
@@ -232,6 +242,29 @@ mod tests {
         let labels = texts(&[(keys::LEASE, "1"), (keys::STATE, "prepared"), (keys::NETWORK, "flannel")]);
         let annotations = texts(&[(keys::GRANT, grant), (keys::REPORT, report)]);
         NodeFacts { view: NodeView::parse(&labels, &annotations), ..NodeFacts::default() }
+    }
+
+    #[test]
+    fn all_pods_stay_only_where_the_agent_has_answered_this_lease_that_it_adopts_them() {
+        let mut node = prepared();
+        assert!(all_stay(&node.view));
+        let change = |node: &mut NodeFacts, report: &dyn Fn(&mut Report), grant: &dyn Fn(&mut Grant)| {
+            if let (Field::Present(now), Field::Present(given)) =
+                (&mut node.view.report, &mut node.view.grant)
+            {
+                report(now);
+                grant(given);
+            }
+        };
+        let evict = Evict { namespace: "n".into(), pod: "p".into(), uid: "u".into(), reason: "r".into() };
+        change(&mut node, &|report| report.evict = vec![evict.clone()], &|_| {});
+        assert!(!all_stay(&node.view), "one can't be adopted");
+        change(&mut node, &|report| report.evict.clear(), &|grant| grant.strategy = Strategy::Drain);
+        assert!(!all_stay(&node.view), "a drain evicts others");
+        change(&mut node, &|report| report.epoch = Epoch::new(7), &|grant| {
+            grant.strategy = Strategy::InPlace;
+        });
+        assert!(!all_stay(&node.view), "an answer to another lease");
     }
 
     #[test]

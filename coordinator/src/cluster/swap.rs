@@ -33,7 +33,12 @@ impl Nodes {
             let (facts, afresh) = match known.take() {
                 Some(facts) => (facts, false),
                 None => match found(read(what.as_str(), nodes.get(node)).await)? {
-                    Some(now) => (Arc::new(NodeFacts::from(&now)), true),
+                    Some(now) => {
+                        // Whoever decides again decides by it, although the watch may be late.
+                        let now = NodeFacts::from(&now);
+                        self.learnt(now.clone());
+                        (Arc::new(now), true)
+                    }
                     None => return Ok(None),
                 },
             };
@@ -171,6 +176,7 @@ mod tests {
         server.lock().unwrap().version = Some(30);
         let never_of_30 = |now: &NodeFacts| (now.version != "30").then(|| label(now)).flatten();
         assert!(nodes.swap(&writer, "a", "label", never_of_30).await.unwrap().is_none());
+        assert_eq!(nodes.get("a").unwrap().version, "30", "what was read is known");
         assert_eq!(calls(&server), [Method::PATCH, Method::GET]);
     }
 

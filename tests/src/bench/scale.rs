@@ -135,15 +135,13 @@ fn measure(count: u32, testbed: &Path) -> Result<()> {
     let agents = Agents::start(&bed.plan.kubeconfig(), PODS, scratch.path())?;
     let flat_out =
         |max, nodes: u32| Turn { max, nodes, limit: Duration::from_secs(90), pace: Duration::ZERO };
-    let mut turns = vec![
-        flat_out("1", (count / 5).min(50)),
-        flat_out("10", (count / 5).min(100)),
-        flat_out("10%", (count * 3 / 10).min(1000)),
-    ];
-    // Small clusters have no nodes left by now.
+    let mut turns = vec![flat_out("1", (count / 5).min(50)), flat_out("10", (count / 5).min(100))];
+    // A small cluster's nodes are few.
     if count >= 1000 {
         turns.push(Turn { pace: PACE, ..flat_out("10", 60) });
     }
+    // The last: hundreds that its end leaves half-way would be the next one's.
+    turns.push(flat_out("10%", (count * 3 / 10).min(1000)));
     for (number, turn) in turns.into_iter().enumerate() {
         let figures = one(&bed, &program, &agents, count, turn, number > 0)
             .with_context(|| format!("{count} nodes, max-unavailable {}", turn.max))?;

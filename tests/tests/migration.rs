@@ -25,6 +25,8 @@ mod kills;
 mod matrix;
 #[path = "migration/obstacles.rs"]
 mod obstacles;
+#[path = "migration/orphans.rs"]
+mod orphans;
 #[path = "migration/outages.rs"]
 mod outages;
 #[path = "migration/partition.rs"]

@@ -24,6 +24,11 @@ pub fn start(bed: &Bed) -> Result<()> {
     Cgroup::of(&bed.plan.bed, Some(PART)).create()?;
     start_etcd(bed)?;
     start_apiserver(bed)?;
+    start_controllers(bed)
+}
+
+/// Starts the controllers and the scheduler.
+pub fn start_controllers(bed: &Bed) -> Result<()> {
     let kubeconfig = |user: &str| format!("--kubeconfig={}", bed.plan.kubeconfig_inside(user).display());
     let secret = |name: &str| bed.plan.secrets().join(name).display().to_string();
     let mut manager = vec![

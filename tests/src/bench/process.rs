@@ -20,6 +20,9 @@ pub struct Usage {
     pub resident: u64,
     /// The most that ever was.
     pub peak: u64,
+    /// How often its first thread has waited for something so far.
+    #[serde(default)]
+    pub waits: u64,
 }
 
 /// A command that runs `program` among the test bed's processes on the machine: whatever becomes of us, it goes with the test bed.
@@ -39,12 +42,14 @@ pub fn usage(pid: u32) -> Result<Usage> {
     let cpu = Duration::from(clock.with_context(|| format!("can't read the clock of process {pid}"))?);
     Ok(Usage {
         cpu,
-        resident: kilobytes(&status, "VmRSS:") * 1024,
-        peak: kilobytes(&status, "VmHWM:") * 1024,
+        resident: count(&status, "VmRSS:") * 1024,
+        peak: count(&status, "VmHWM:") * 1024,
+        waits: count(&status, "voluntary_ctxt_switches:"),
     })
 }
 
-fn kilobytes(status: &str, field: &str) -> u64 {
+/// A number of a process's status; memory is in kilobytes.
+fn count(status: &str, field: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(field));
     line.and_then(|line| line.trim().split(' ').next()?.parse().ok()).unwrap_or(0)
 }
@@ -59,6 +64,6 @@ mod tests {
         let sum: u64 = (0..2_000_000_u64).map(std::hint::black_box).sum();
         assert!(usage(std::process::id()).unwrap().cpu > before.cpu, "{sum}");
         assert!(before.resident > 0 && before.peak >= before.resident, "{before:?}");
-        assert_eq!(kilobytes("Name:\tx\nVmHWM:\t   2048 kB\n", "VmHWM:"), 2048);
+        assert_eq!(count("Name:\tx\nVmHWM:\t   2048 kB\n", "VmHWM:"), 2048);
     }
 }

@@ -3,6 +3,7 @@
 mod costs;
 mod flows;
 mod goals;
+mod rolls;
 
 use std::{fmt::Write as _, fs};
 
@@ -93,7 +94,7 @@ pub fn write() -> Result<()> {
         ),
         (
             "bench-scale.svg",
-            svg::bars("Coordinator: processor time per node", "ms", &costs::processor_bars(&kept), false),
+            svg::bars("Coordinator: processor time per node", "ms", &rolls::bars(&kept.scale), false),
         ),
         (
             "bench-switch.svg",

@@ -41,6 +41,8 @@ pub struct Figures {
     pub nodes: u32,
     /// `max-unavailable`.
     pub max: String,
+    /// Which of the rounds.
+    pub round: u32,
     /// Seconds that each agent waits for Calico; 0: it has nothing to do.
     pub pace: f64,
     /// Whether another one was killed in the middle of the roll just before.
@@ -63,6 +65,8 @@ pub struct Figures {
     pub agent: f64,
     /// Processor time in these seconds.
     pub cpu: f64,
+    /// How often it waited for something in these seconds.
+    pub waits: u64,
     /// Processor time before, from the start on.
     pub cpu_start: f64,
     /// The most memory that was resident, in bytes.
@@ -117,14 +121,14 @@ struct Turn {
 }
 
 /// One cluster of `count` nodes, coordinators one after another, each but the first after a kill.
-pub fn run(count: u32, testbed: &Path) -> Result<()> {
+pub fn run(count: u32, round: u32, testbed: &Path) -> Result<()> {
     teardown::down(BED)?;
-    let result = measure(count, testbed);
+    let result = measure(count, round, testbed);
     teardown::down(BED)?;
     result
 }
 
-fn measure(count: u32, testbed: &Path) -> Result<()> {
+fn measure(count: u32, round: u32, testbed: &Path) -> Result<()> {
     let program = images::shipped()?.join("coordinator");
     let bed = Bed::up_without_nodes(BED, objects::shape()?, testbed)?;
     objects::furnish(&bed)?;
@@ -143,10 +147,10 @@ fn measure(count: u32, testbed: &Path) -> Result<()> {
     // The last: hundreds that its end leaves half-way would be the next one's.
     turns.push(flat_out("10%", (count * 3 / 10).min(1000)));
     for (number, turn) in turns.into_iter().enumerate() {
-        let figures = one(&bed, &program, &agents, count, turn, number > 0)
+        let figures = one(&bed, &program, &agents, (count, round), turn, number > 0)
             .with_context(|| format!("{count} nodes, max-unavailable {}", turn.max))?;
         eprintln!("bench: {}", line(&figures));
-        super::keep(&format!("scale-{count:05}-{number}"), &figures)?;
+        super::keep(&format!("scale-{count:05}-{round}-{number}"), &figures)?;
     }
     Ok(())
 }
@@ -172,21 +176,21 @@ fn one(
     bed: &Bed,
     program: &Path,
     agents: &Agents,
-    count: u32,
+    cluster: (u32, u32),
     turn: Turn,
     restarted: bool,
 ) -> Result<Figures> {
     let logged = audit::position(bed)?;
     agents.pace(turn.pace);
     let coordinator = Coordinator::start(bed, program, turn.max)?;
-    let outcome = follow(bed, agents, count, turn, restarted, logged, &coordinator);
+    let outcome = follow(bed, agents, cluster, turn, restarted, logged, &coordinator);
     outcome.with_context(|| format!("the coordinator said:\n{}", coordinator.last_words()))
 }
 
 fn follow(
     bed: &Bed,
     agents: &Agents,
-    count: u32,
+    (count, round): (u32, u32),
     turn: Turn,
     restarted: bool,
     logged: u64,
@@ -235,6 +239,7 @@ fn follow(
     Ok(Figures {
         nodes: count,
         max: turn.max.to_owned(),
+        round,
         pace: turn.pace.as_secs_f64(),
         restarted,
         led,
@@ -246,6 +251,7 @@ fn follow(
         lease: own(&|course| Some((course.released? - course.leased?).as_secs_f64())),
         agent: own(&|course| course.released.map(|_| course.agent.as_secs_f64())),
         cpu: end.cpu.saturating_sub(start.cpu).as_secs_f64(),
+        waits: end.waits.saturating_sub(start.waits),
         cpu_start: start.cpu.as_secs_f64(),
         peak: end.peak,
         sent: passed.0 - passed_start.0,

@@ -27,6 +27,9 @@ enum Action {
         /// How many nodes, several times.
         #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(10..=60_000))]
         nodes: Vec<u32>,
+        /// How often each.
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
     },
     /// The agent: its switch by the number of pods, its start, and what it uses at rest.
     Agent {
@@ -81,14 +84,14 @@ fn run(action: Action) -> Result<()> {
     let testbed = testbed()?;
     match action {
         Action::Sides(args) => compare(args, &testbed)?,
-        Action::Scale { nodes } => nodes.iter().try_for_each(|count| scale::run(*count, &testbed))?,
+        Action::Scale { nodes, rounds } => big(&nodes, rounds, &testbed)?,
         Action::Agent { pods, times, rest } => agent(&pods, times, Duration::from_secs(rest), &testbed)?,
         Action::Images => images::run()?,
         Action::Report => {}
         Action::All => {
             images::run()?;
             agent(&[1, 10, 50, 110], 5, Duration::from_mins(1), &testbed)?;
-            [100, 1000, 5000].iter().try_for_each(|count| scale::run(*count, &testbed))?;
+            big(&[100, 1000, 5000], 3, &testbed)?;
             let args = SidesArgs { rounds: 3, first: 1, only: Vec::new(), nodes: 3, pods_per_node: None };
             compare(args, &testbed)?;
         }
@@ -107,6 +110,10 @@ fn compare(args: SidesArgs, testbed: &Path) -> Result<()> {
         limit: Duration::from_mins(10),
     };
     sides::run(&plan, testbed)
+}
+
+fn big(nodes: &[u32], rounds: u32, testbed: &Path) -> Result<()> {
+    (1..=rounds).try_for_each(|round| nodes.iter().try_for_each(|count| scale::run(*count, round, testbed)))
 }
 
 fn agent(pods: &[u8], times: u32, rest: Duration, testbed: &Path) -> Result<()> {

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
-use super::{Kept, table};
+use super::{Kept, rolls, table};
 use crate::bench::{
-    audit, rest, scale,
+    rest, scale,
     stats::{Spread, float, number, shown},
     svg::Bar,
 };
 
-const MIB: f64 = 1_048_576.0;
+pub(super) const MIB: f64 = 1_048_576.0;
 
 /// What was changed in the coordinator.
 const SCALE_BEFORE: &str = "\nBefore, at 5,000 nodes: 5.9 s to the verdict, 322 s to all nodes prepared, 737 ms of processor time per node with one at a time, \
@@ -27,19 +27,6 @@ const SWITCH_BEFORE: &str = "\nBefore, on the machine of the first report: 227, 
 operation was noted twice, durably; the detour's rules went through four starts of `nft`; bridge and detour were deleted one after the other, and for each the \
 kernel waits until nobody uses it; settings were written file by file; links were listed nine times with all their counters; pods' namespaces were \
 entered one by one.\n";
-
-fn one(value: f64) -> Option<Spread> {
-    Spread::of([value])
-}
-
-/// Processor time per node, for each cluster and max-unavailable.
-pub fn processor_bars(kept: &Kept) -> Vec<Bar> {
-    let bar = |figures: &scale::Figures| {
-        let name = format!("{} nodes, max-unavailable {}", figures.nodes, figures.manner());
-        Some(Bar { name, spread: one(figures.per_node(figures.cpu) * 1000.0)? })
-    };
-    kept.scale.iter().filter_map(bar).collect()
-}
 
 /// The switch's time by number of pods.
 pub fn switch_bars(kept: &Kept) -> Vec<Bar> {
@@ -63,9 +50,9 @@ pub fn text(kept: &Kept) -> String {
          when as many nodes are through as are in change at once. All of it on one machine: times contain that API server, agents and coordinator wait for each other's processor.\n\n",
         scale::PODS
     );
-    text.push_str(&rolling(&kept.scale));
+    text.push_str(&rolls::rolling(&kept.scale));
     text.push_str("\n![Processor time per node](bench-scale.svg)\n\n### Start and restart\n\n");
-    text.push_str(&starting(&kept.scale));
+    text.push_str(&rolls::starting(&kept.scale));
     text.push_str(SCALE_BEFORE);
     text.push_str("\n## The agent\n\n### The switch by number of pods\n\n");
     text.push_str(
@@ -100,81 +87,6 @@ fn sizes(kept: &Kept) -> String {
 /// Millions of bytes.
 pub fn mb(bytes: u64) -> f64 {
     float(bytes / 1000) / 1000.0
-}
-
-fn rolling(runs: &[scale::Figures]) -> String {
-    let rows = runs.iter().map(|figures| {
-        let per = |quantity: f64| number(figures.per_node(quantity));
-        let calls: u64 = figures.calls.values().sum();
-        vec![
-            figures.nodes.to_string(),
-            figures.manner(),
-            figures.taken.to_string(),
-            per(figures.seconds * 1000.0),
-            number(figures.lease * 1000.0),
-            number((figures.lease - figures.agent) * 1000.0),
-            per(figures.cpu * 1000.0),
-            number(figures.cpu * 100.0 / figures.seconds),
-            number(float(figures.peak >> 10) * 1024.0 / MIB),
-            per(float(calls)),
-            per(float(audit::writes(&figures.calls))),
-            per(float(figures.sent) / 1024.0),
-            per(float(figures.received) / 1024.0),
-        ]
-    });
-    table(
-        &[
-            "nodes",
-            "max-unavailable",
-            "taken through",
-            "wall time per node, ms",
-            "a node's lease, ms",
-            "of it beyond the agent, ms",
-            "CPU per node, ms",
-            "CPU, % of a core",
-            "peak RSS, MiB",
-            "requests per node",
-            "writes per node",
-            "sent per node, KiB",
-            "received per node, KiB",
-        ],
-        rows,
-    )
-}
-
-fn starting(runs: &[scale::Figures]) -> String {
-    let rows = runs.iter().map(|figures| {
-        let calls: u64 = figures.calls_start.values().sum();
-        vec![
-            figures.nodes.to_string(),
-            if figures.restarted { "after a kill".to_owned() } else { "first".to_owned() },
-            number(figures.led),
-            number(figures.judged),
-            number(figures.prepared),
-            number(figures.decided),
-            number(figures.led + figures.judged + figures.prepared + figures.decided),
-            number(figures.cpu_start),
-            calls.to_string(),
-            number(float(figures.received_start >> 10) * 1024.0 / MIB),
-        ]
-    });
-    let mut text = table(
-        &[
-            "nodes",
-            "start",
-            "to leading, s",
-            "to the verdict, s",
-            "to all nodes prepared, s",
-            "to the first step, s",
-            "in all, s",
-            "CPU, s",
-            "requests",
-            "received, MiB",
-        ],
-        rows,
-    );
-    text.push_str("\nAfter a kill, the dead coordinator's lease of 15 s has to run out first.\n");
-    text
 }
 
 fn switching(kept: &Kept) -> String {

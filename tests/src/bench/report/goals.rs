@@ -1,6 +1,6 @@
 //! What was aimed at, and what was reached.
 
-use super::{Kept, costs::mb, flows, table};
+use super::{Kept, costs::mb, flows, rolls, table};
 use crate::bench::{
     history,
     sides::Side,
@@ -35,16 +35,17 @@ fn at_real_pace(kept: &Kept) -> String {
     let Some(node) = Spread::of(kept.node_times(Side::InPlace)).map(|spread| spread.median) else {
         return String::new();
     };
-    let largest = kept.scale.iter().filter(|figures| figures.nodes == 5000 && figures.pace == 0.0);
-    let shares = largest.map(|figures| {
-        let share = figures.per_node(figures.cpu) * f64::from(figures.at_once()) / node * 100.0;
-        format!("{} % of a core with {} at a time", number(share), figures.at_once())
-    });
-    let shares: Vec<String> = shares.collect();
-    if shares.is_empty() {
-        return String::new();
-    }
-    format!(" At the {} s that a real node takes below, it comes to {}.", number(node), shares.join(", "))
+    let largest = kept.scale.iter().filter(|run| run.nodes == 5000 && run.pace == 0.0);
+    let hundreds: Vec<_> = largest.filter(|run| run.max.ends_with('%')).collect();
+    let cost = Spread::of(hundreds.iter().map(|run| rolls::processor(run)));
+    let (Some(cost), Some(first)) = (cost, hundreds.first()) else { return String::new() };
+    let share = cost.median * f64::from(first.at_once()) / node / 10.0;
+    format!(
+        " With {} at a time, at the {} s that a real node takes below, it would come to {} % of a core.",
+        first.at_once(),
+        number(node),
+        number(share)
+    )
 }
 
 /// One line per goal.
@@ -145,13 +146,12 @@ fn comparison(kept: &Kept) -> Vec<Goal> {
 /// What a node costs in the largest cluster and in the smallest.
 fn growth(kept: &Kept) -> Option<(String, bool)> {
     let cost = |nodes: u32, max: &str| {
-        let mut runs = kept.scale.iter().filter(|figures| figures.pace == 0.0);
-        let run = runs.find(|figures| figures.nodes == nodes && figures.max == max)?;
-        Some(run.per_node(run.cpu) * 1000.0)
+        let runs = kept.scale.iter().filter(|run| run.pace == 0.0 && run.nodes == nodes && run.max == max);
+        Spread::of(runs.map(rolls::processor)).map(|spread| spread.median)
     };
-    let pairs = ["1", "10"].map(|max| cost(100, max).zip(cost(5000, max)));
-    let [Some(one), Some(ten)] = pairs else { return None };
-    let text = |(small, large): (f64, f64), max| {
+    let pair = |max: &str| cost(100, max).zip(cost(5000, max));
+    let (one, ten) = (pair("1")?, pair("10")?);
+    let text = |(small, large): (f64, f64), max: u32| {
         format!("{} ms against {} ms with {max} at a time", number(large), number(small))
     };
     let enough = [one, ten].iter().all(|(small, large)| *large <= small * 1.2);
@@ -165,7 +165,7 @@ fn costs(kept: &Kept) -> Vec<Goal> {
     };
     let rolling = |paced: bool| {
         let runs = largest.iter().filter(|figures| (figures.pace > 0.0) == paced);
-        Spread::of(runs.map(|figures| figures.cpu * 100.0 / figures.seconds)).map(|spread| spread.most)
+        Spread::of(runs.map(|run| rolls::share(run))).map(|spread| spread.most)
     };
     let switch = kept.switch.iter().filter(|figures| figures.pods == 110).map(|figures| figures.total);
     let rest = kept.rest.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));

@@ -11,6 +11,11 @@ use crate::bench::{
 
 pub(super) const MIB: f64 = 1_048_576.0;
 
+/// How the table of rolls is to be read.
+const ROLLING: &str = "\nWaits are the coordinator's: how often it had nothing to do until the next answer or change. Per node it makes as many requests, reads as much \
+and waits as often in every cluster; what a wake-up costs differs from one run of the same cluster to the next as the wall time does, with the machine's speed. \
+Where agents wait, each answer comes alone, and the status that is told every second or so counts for fewer nodes.\n";
+
 /// What was changed in the coordinator.
 const SCALE_BEFORE: &str = "\nBefore, at 5,000 nodes: 5.9 s to the verdict, 322 s to all nodes prepared, 737 ms of processor time per node with one at a time, \
 206 MiB resident. What was slow then: a waiting node named all nodes in its way, so that the status grew by the square of the nodes (now five are \
@@ -51,6 +56,7 @@ pub fn text(kept: &Kept) -> String {
         scale::PODS
     );
     text.push_str(&rolls::rolling(&kept.scale));
+    text.push_str(ROLLING);
     text.push_str("\n![Processor time per node](bench-scale.svg)\n\n### Start and restart\n\n");
     text.push_str(&rolls::starting(&kept.scale));
     text.push_str(SCALE_BEFORE);

@@ -143,11 +143,11 @@ fn comparison(kept: &Kept) -> Vec<Goal> {
     ]
 }
 
-/// What a node costs in the largest cluster and in the smallest.
+/// What a node costs in the largest cluster and in the smallest. The smallest of the rounds, for what else the machine does only adds.
 fn growth(kept: &Kept) -> Option<(String, bool)> {
     let cost = |nodes: u32, max: &str| {
         let runs = kept.scale.iter().filter(|run| run.pace == 0.0 && run.nodes == nodes && run.max == max);
-        Spread::of(runs.map(rolls::processor)).map(|spread| spread.median)
+        Spread::of(runs.map(rolls::processor)).map(|spread| spread.least)
     };
     let pair = |max: &str| cost(100, max).zip(cost(5000, max));
     let (one, ten) = (pair("1")?, pair("10")?);
@@ -193,7 +193,7 @@ fn costs(kept: &Kept) -> Vec<Goal> {
             reached: at_most(rolling(false), 5.0, " %"),
         },
         Goal {
-            what: "coordinator: processor time per node at 5,000 nodes against 100, as many at a time",
+            what: "coordinator: processor time per node at 5,000 nodes against 100, smallest of the rounds",
             aim: "no more, within a fifth".into(),
             reached: growth(kept),
         },

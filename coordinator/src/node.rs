@@ -322,7 +322,7 @@ impl Steps {
         let mut renewed = 0;
         if grant.strategy == Strategy::Drain {
             let adopted = facts.view.adopted.get().map_or(&[][..], Vec::as_slice);
-            if !adopted.is_empty() {
+            if !adopted.is_empty() && patch::reopened(&facts, epoch).is_some() {
                 // Pods that were evicted need not wait for others that are made anew here.
                 self.swap(node, "uncordon the node", |now| patch::reopened(now, epoch)).await?;
             }

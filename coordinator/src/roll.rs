@@ -52,9 +52,6 @@ pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Resul
             tied = Instant::now();
             tie(steps).await;
         }
-        if steps.nodes.ended() {
-            return Err(over("watch the nodes"));
-        }
         let looking = Instant::now();
         match following.take() {
             Changed::All(all) => planner.see_all(&all),
@@ -63,6 +60,8 @@ pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Resul
         let request = steps.requests.now();
         let now = Moment { wall: Timestamp::now(), own: started.elapsed() };
         planner.look(request, now);
+        let held = winding && !winds_down(request);
+        let actions = if held { Vec::new() } else { planner.start() };
         let looked = looking.elapsed();
         if due {
             end_orphans(steps, &planner, now).await;
@@ -79,12 +78,11 @@ pub async fn roll(steps: &Arc<Steps>, own: Option<&str>, winding: bool) -> Resul
             );
             return Ok(Some(end));
         }
-        if !winding || winds_down(request) {
-            for action in planner.start() {
-                tasks.spawn(take_through(Arc::clone(steps), action));
-            }
-        } else if planner.busy().is_empty() {
+        if held && planner.busy().is_empty() {
             return Ok(None);
+        }
+        for action in actions {
+            tasks.spawn(take_through(Arc::clone(steps), action));
         }
         // Where nodes change faster than can be looked at, what shares this task, the renewal of the leadership above all, has its turn now.
         sleep((looked * REST_AFTER_LOOK).min(LONGEST_REST)).await;

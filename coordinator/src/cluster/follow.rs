@@ -58,8 +58,10 @@ pub enum Changed {
 }
 
 impl Following {
-    pub(super) fn new(nodes: Nodes, news: &News) -> Self {
-        Self { nodes, changes: news.changes.subscribe(), begun: false }
+    /// Without news nothing changes any more.
+    pub(super) fn new(nodes: Nodes, news: Option<&News>) -> Self {
+        let changes = news.map_or_else(|| broadcast::channel(1).1, |news| news.changes.subscribe());
+        Self { nodes, changes, begun: false }
     }
 
     /// What may have changed since the last call; at the first, all.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -29,8 +29,9 @@ pub type Snapshot = Arc<[Arc<NodeFacts>]>;
 #[derive(Clone)]
 pub struct Nodes {
     known: Arc<Mutex<Known>>,
-    news: Arc<News>,
-    watching: Arc<Watching>,
+    /// The watch holds it: whoever waits for changes is told when it has ended.
+    news: Weak<News>,
+    _watching: Arc<Watching>,
 }
 
 impl Nodes {
@@ -38,8 +39,9 @@ impl Nodes {
     pub async fn watch(client: Client) -> Result<Self> {
         let known = Arc::new(Mutex::new(Known::default()));
         let news = Arc::new(News::new());
+        let told = Arc::downgrade(&news);
         let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
-        let (store, telling) = (Arc::clone(&known), Arc::clone(&news));
+        let (store, telling) = (Arc::clone(&known), news);
         let (arriving, mut complete) = watch::channel(false);
         let watching = Watching::new(tokio::spawn(async move {
             let mut events = pin!(watcher(Api::<Node>::all(client), config).backoff(pauses()));
@@ -62,13 +64,15 @@ impl Nodes {
                 _ => return Err(Error::Timeout { what: "list all nodes".to_owned() }),
             }
         }
-        Ok(Self { known, news, watching: Arc::new(watching) })
+        Ok(Self { known, news: told, _watching: Arc::new(watching) })
     }
 
     /// Remembers the answer to a read or a write until the watch has caught up with it.
     pub fn learnt(&self, node: NodeFacts) {
         let change = lock(&self.known).learnt(node);
-        self.news.tell(change);
+        if let Some(news) = self.news.upgrade() {
+            news.tell(change);
+        }
     }
 
     /// All nodes that run Linux, by name. Others have no flannel of the kind that is migrated.
@@ -104,19 +108,13 @@ impl Nodes {
     /// What wakes up on each change that decisions may depend on. A change before the call isn't told again.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
-        self.news.count()
+        self.news.upgrade().map_or_else(|| watch::channel(0).1, |news| news.count())
     }
 
     /// Which nodes change.
     #[must_use]
     pub fn follow(&self) -> Following {
-        Following::new(self.clone(), &self.news)
-    }
-
-    /// Whether the watch has ended, which it never does by itself: nothing more is seen.
-    #[must_use]
-    pub fn ended(&self) -> bool {
-        self.watching.ended()
+        Following::new(self.clone(), self.news.upgrade().as_deref())
     }
 
     /// Waits until `holds`, looking at each change; `None` when it doesn't within `limit`.
@@ -338,12 +336,14 @@ mod tests {
         assert_eq!(known.apply(Event::Apply(node("b", "16"))), Some(change("b")));
     }
 
-    fn nodes(known: Known) -> Nodes {
-        Nodes {
+    fn nodes(known: Known) -> (Nodes, Arc<News>) {
+        let news = Arc::new(News::new());
+        let nodes = Nodes {
             known: Arc::new(Mutex::new(known)),
-            news: Arc::new(News::new()),
-            watching: Arc::new(Watching::none()),
-        }
+            news: Arc::downgrade(&news),
+            _watching: Arc::new(Watching::none()),
+        };
+        (nodes, news)
     }
 
     fn told(following: &mut Following) -> Vec<(String, Option<String>)> {
@@ -353,10 +353,10 @@ mod tests {
 
     #[test]
     fn who_follows_is_told_all_once_and_then_what_changes() {
-        let nodes = nodes(known());
+        let (nodes, news) = nodes(known());
         let apply = |event| {
             let change = lock(&nodes.known).apply(event);
-            nodes.news.tell(change);
+            news.tell(change);
         };
         let (mut following, changes) = (nodes.follow(), nodes.changes());
         assert!(matches!(following.take(), Changed::All(all) if all.len() == 1));
@@ -378,6 +378,15 @@ mod tests {
         }
         assert!(matches!(following.take(), Changed::All(all) if all.len() == 1), "more than are kept");
         assert_eq!(told(&mut following), []);
+        drop(news);
+        assert!(
+            changes.has_changed().is_err() && nodes.changes().has_changed().is_err(),
+            "the watch has ended"
+        );
+        nodes.learnt(NodeFacts::from(&node("c", "9999")));
+        let mut late = nodes.follow();
+        assert!(matches!(late.take(), Changed::All(all) if all.len() == 1));
+        assert_eq!((told(&mut following), told(&mut late)), (vec![], vec![]));
     }
 
     #[test]
@@ -387,7 +396,7 @@ mod tests {
         windows["metadata"]["labels"]["kubernetes.io/os"] = json!("windows");
         known.apply(Event::Apply(serde_json::from_value(windows.clone()).unwrap()));
         assert_eq!(versions(&mut known), one("a", "9"));
-        let nodes = nodes(known);
+        let (nodes, _news) = nodes(known);
         assert!(nodes.foreign().is_empty() && nodes.get("w").is_none() && nodes.get("a").is_some());
         windows["metadata"]["annotations"]["flannel.example/kube-subnet-manager"] = json!("true");
         windows["metadata"]["annotations"][keys::REPORT] = json!("{}");

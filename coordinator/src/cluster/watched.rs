@@ -45,11 +45,6 @@ impl Watching {
         Self(Some(task))
     }
 
-    /// Whether it has ended.
-    pub(super) fn ended(&self) -> bool {
-        self.0.as_ref().is_some_and(tokio::task::JoinHandle::is_finished)
-    }
-
     /// Of nothing.
     #[cfg(test)]
     pub(super) const fn none() -> Self {

@@ -204,9 +204,8 @@ pub fn plan(known: &Known<'_>, policy: &Policy, now: Timestamp) -> Plan {
             Judgement::Alarm(reason, message) => {
                 plan.alarms.push(Alarm { node: node.name.clone(), reason, message });
             }
-            Judgement::Startable(_) if busy.is_some() => {
-                plan.waiting.push(Waiting { node: Arc::clone(node), reason: "StepUnderWay", until: None });
-            }
+            // What comes of the step under way is seen when it has ended.
+            Judgement::Startable(_) if busy.is_some() => {}
             Judgement::Startable(goal) => startable.push((node, goal)),
             Judgement::Done => plan.done += 1,
             Judgement::Back => plan.back += 1,

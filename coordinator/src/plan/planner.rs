@@ -1,5 +1,6 @@
 //! The plan, kept up to date: only nodes that have changed, and those that time may have changed, are judged again. What a look costs is
-//! what has changed since the last, however large the cluster; what comes of it is what [`super::plan`] would decide.
+//! what has changed since the last, however large the cluster, but where slots are free and nodes are held all the same; what comes of it
+//! is what [`super::plan`] would decide.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use flannel_migration_protocol::{Epoch, Goal, Request};
 use jiff::Timestamp;
 
 use super::judge::{Judgement, Standing, is_overdue, judge, lease_limit};
-use super::slots::{Grants, NO_FREE_SLOT, Rank, Slots, rank, tally};
+use super::slots::{Grants, Rank, Slots, rank, tally};
 use super::{Action, Alarm, End, Step, Waiting, is_granting};
 use crate::args::Policy;
 use crate::cluster::NodeFacts;
@@ -185,12 +186,12 @@ impl Planner {
         let trouble = !self.sorted.alarms.is_empty();
         let mut grants = Grants::new(&self.policy, self.nodes.len(), self.sorted.slots, trouble);
         for (_, name) in &self.sorted.startable {
+            if !grants.any_left() {
+                break;
+            }
             let Some((node, goal)) = self.startable(name) else { continue };
-            match grants.next(node, goal) {
-                Ok(step) => actions.push(Action { node: name.clone(), step }),
-                // The rest waits for the same.
-                Err(NO_FREE_SLOT) => break,
-                Err(_) => {}
+            if let Ok(step) = grants.next(node, goal) {
+                actions.push(Action { node: name.clone(), step });
             }
         }
         for Action { node, step } in &actions {

@@ -97,7 +97,7 @@ proptest! {
             prop_assert_eq!(&planner.alarms(), &plan.alarms);
             prop_assert_eq!(planner.until(), plan.waiting.iter().filter_map(|waiting| waiting.until).min());
             prop_assert_eq!(planner.end(), plan.end().filter(|_| busy.is_empty()));
-            let for_others = ["StepUnderWay", "HeldByAlarm", "TooManyFailures", "NoFreeSlot", "OneControlPlaneAtATime"];
+            let for_others = ["HeldByAlarm", "TooManyFailures", "NoFreeSlot", "OneControlPlaneAtATime"];
             plan.waiting.retain(|waiting| !for_others.contains(&waiting.reason));
             prop_assert_eq!(planner.waiting().collect::<Vec<_>>(), plan.waiting);
             plan.actions.retain(|action| !busy.contains_key(&action.node));

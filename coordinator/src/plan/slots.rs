@@ -6,9 +6,6 @@ use super::Step;
 use crate::args::Policy;
 use crate::cluster::NodeFacts;
 
-/// Why a node waits for which there is no slot.
-pub const NO_FREE_SLOT: &str = "NoFreeSlot";
-
 /// What is in the way of further leases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Slots {
@@ -82,7 +79,7 @@ impl<'a> Grants<'a> {
             return Err("TooManyFailures");
         }
         if !self.any_left() {
-            return Err(NO_FREE_SLOT);
+            return Err("NoFreeSlot");
         }
         if node.control_plane && self.slots.control_planes > 0 {
             return Err("OneControlPlaneAtATime");

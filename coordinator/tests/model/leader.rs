@@ -311,7 +311,10 @@ impl Leader {
                 }
                 patch::returned(now, epoch).or_else(|| patch::given_back(now, epoch, None))
             }
-            Step::Settle => patch::settled(now, answered(State::Calico)?),
+            Step::Settle => {
+                let epoch = answered(State::Calico)?;
+                patch::reopened(now, epoch).or_else(|| patch::settled(now, epoch))
+            }
             Step::Relabel(network) => patch::relabelled(now, *network),
             Step::Register | Step::Enrol => None,
         }

@@ -145,7 +145,7 @@ fn measure(count: u32, round: u32, testbed: &Path) -> Result<()> {
         turns.push(Turn { pace: PACE, ..flat_out("10", 60) });
     }
     // The last: hundreds that its end leaves half-way would be the next one's.
-    turns.push(flat_out("10%", (count * 3 / 10).min(1000)));
+    turns.push(flat_out("10%", (count / 5).min(1000)));
     for (number, turn) in turns.into_iter().enumerate() {
         let figures = one(&bed, &program, &agents, (count, round), turn, number > 0)
             .with_context(|| format!("{count} nodes, max-unavailable {}", turn.max))?;
@@ -214,9 +214,14 @@ fn follow(
             coordinator.runs()?;
             std::thread::sleep(Duration::from_millis(20));
         }
-        anyhow::Ok(())
+        anyhow::Ok(through(&agents.courses(), before))
     };
-    pass(&agents.courses(), at_once(turn.max, count))?;
+    let in_change = at_once(turn.max, count);
+    ensure!(
+        pass(&agents.courses(), in_change)? >= in_change,
+        "fewer than {in_change} nodes within {} s",
+        turn.limit.as_secs()
+    );
     let (began, before) = (Instant::now(), agents.courses());
     let (start, at_start) = (process::usage(coordinator.pid())?, audit::position(bed)?);
     let passed_start = coordinator.relay.passed();

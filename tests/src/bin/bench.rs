@@ -25,7 +25,7 @@ enum Action {
     /// The coordinator in big clusters of simulated nodes.
     Scale {
         /// How many nodes, several times.
-        #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(10..=60_000))]
+        #[arg(long, value_delimiter = ',', default_value = "100,1000,5000", value_parser = clap::value_parser!(u32).range(100..=60_000))]
         nodes: Vec<u32>,
         /// How often each.
         #[arg(long, default_value_t = 3)]

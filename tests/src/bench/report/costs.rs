@@ -12,9 +12,10 @@ use crate::bench::{
 pub(super) const MIB: f64 = 1_048_576.0;
 
 /// How the table of rolls is to be read.
-const ROLLING: &str = "\nWaits are the coordinator's: how often it had nothing to do until the next answer or change. Per node it makes as many requests, reads as much \
-and waits as often in every cluster; what a wake-up costs differs from one run of the same cluster to the next as the wall time does, with the machine's speed. \
-Where agents wait, each answer comes alone, and the status that is told every second or so counts for fewer nodes.\n";
+const ROLLING: &str = "\nWaits are the coordinator's: how often it had nothing to do until the next answer or change. With one at a time, where every node's way \
+is the same, its requests, bytes and waits per node are to be compared; what a wake-up costs differs from one run of the same cluster to the next as the wall time does, \
+with the machine's speed. Where agents wait, each answer comes alone, and the status that is told every some seconds counts for fewer nodes; that of 5,000 nodes is \
+too large for a ConfigMap and is told without them.\n";
 
 /// What was changed in the coordinator.
 const SCALE_BEFORE: &str = "\nBefore, at 5,000 nodes: 5.9 s to the verdict, 322 s to all nodes prepared, 737 ms of processor time per node with one at a time, \

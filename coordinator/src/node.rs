@@ -308,9 +308,7 @@ impl Steps {
 
     async fn settle(&self, node: &str) -> Result<(), Error> {
         // In place all that is done is one write, which is refused when the node is another by now.
-        let in_place =
-            |known: &NodeFacts| known.view.granted().is_some_and(|grant| grant.strategy == Strategy::InPlace);
-        let facts = match self.nodes.get(node).filter(|known| in_place(known)) {
+        let facts = match self.nodes.get(node).filter(|known| patch::in_place(&known.view)) {
             Some(known) => known,
             None => match self.look(node, &[State::Calico]).await? {
                 Some(read) => Arc::new(read),

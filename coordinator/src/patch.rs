@@ -64,12 +64,17 @@ pub fn without_taint(now: &NodeFacts) -> Option<Value> {
     (others.len() < now.taints.len()).then(|| json!(others))
 }
 
+/// Whether the lease in force is to be carried out in place.
+#[must_use]
+pub fn in_place(view: &NodeView) -> bool {
+    view.granted().is_some_and(|grant| grant.strategy == Strategy::InPlace)
+}
+
 /// Whether no pod of a node has to leave before its switch: in place, where its agent can adopt them all.
 #[must_use]
 pub fn all_stay(view: &NodeView) -> bool {
-    let in_place = view.granted().is_some_and(|grant| grant.strategy == Strategy::InPlace);
     let answered = view.answered() == Some(State::Prepared);
-    in_place && answered && view.report.get().is_some_and(|report| report.evict.is_empty())
+    in_place(view) && answered && view.report.get().is_some_and(|report| report.evict.is_empty())
 }
 
 /// Lets flannel's pod leave a prepared node.

@@ -12,6 +12,8 @@
     reason = "a test ends by panicking"
 )]
 
+#[path = "model/grant.rs"]
+mod grant;
 #[path = "model/leader.rs"]
 mod leader;
 #[path = "model/node.rs"]

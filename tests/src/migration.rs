@@ -20,6 +20,8 @@ pub const NETWORK_LABEL: &str = "projectcalico.org/node-network-during-migration
 pub const STATE_LABEL: &str = "flannel-migration/state";
 /// The coordinator's label: a node is changing over while it is there.
 pub const LEASE_LABEL: &str = "flannel-migration/lease";
+/// The administrator's label: the node isn't started.
+pub const PAUSE_LABEL: &str = "flannel-migration/pause";
 
 /// How the coordinator's Job stands.
 #[derive(Debug, Clone, PartialEq, Eq)]

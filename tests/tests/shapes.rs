@@ -19,7 +19,7 @@ use std::{
 
 use flannel_migration_tests::{
     bed::Bed,
-    migration::{self, Outcome, Request, footprint},
+    migration::{self, Outcome, PAUSE_LABEL, Request, footprint},
     probe::workload::IMAGE,
     run,
     scratch::Scratch,
@@ -132,9 +132,6 @@ fn a_cluster_like_rke2s_is_migrated_and_then_like_one_that_never_had_flannel() {
     }
 }
 
-/// The administrator's label: the node isn't started.
-const PAUSE: &str = "flannel-migration/pause";
-
 /// Rules as flannel wrote them until v0.19, which no chain and no comment tells.
 const BARE_RULES: &str = "iptables -t nat -A POSTROUTING -s 10.244.0.0/16 -d 10.244.0.0/16 -j RETURN; \
     iptables -t nat -A POSTROUTING -s 10.244.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully; \
@@ -153,7 +150,7 @@ fn small_nodes_with_nftables_and_bare_rules_are_drained_while_one_node_joins_and
     bed.load_project_images().unwrap();
     migration::workloads(bed, None).unwrap();
     bed.apply_calico().unwrap();
-    bed.kubectl(&["label", "node", "n2", "n3", &format!("{PAUSE}=true")]).unwrap();
+    bed.kubectl(&["label", "node", "n2", "n3", &format!("{PAUSE_LABEL}=true")]).unwrap();
     // The coordinator's own node is the last one.
     migration::apply_with(bed, &[("STRATEGY", "drain")], |job| {
         job["spec"]["template"]["spec"]["nodeSelector"]["kubernetes.io/hostname"] = json!("n2");
@@ -168,7 +165,7 @@ fn small_nodes_with_nftables_and_bare_rules_are_drained_while_one_node_joins_and
     bed.add_node(NodeShape::worker("n4")).unwrap();
     bed.load_project_images().unwrap();
     bed.remove_node("n3").unwrap();
-    bed.kubectl(&["label", "node", "n2", &format!("{PAUSE}-")]).unwrap();
+    bed.kubectl(&["label", "node", "n2", &format!("{PAUSE_LABEL}-")]).unwrap();
     run::wait_for("the Job completes", Duration::from_mins(4), || match migration::job(bed)? {
         migration::Job::Failed(why) => panic!("{why}\n{}", migration::coordinator_log(bed).unwrap()),
         job => Ok(job == migration::Job::Complete),

@@ -21,6 +21,7 @@ use slots::{Grants, Slots, rank};
 
 pub use judge::back_off;
 pub use planner::{Moment, Planner};
+pub use slots::unavailable;
 
 /// What to do with a node.
 #[derive(Clone, Debug, PartialEq, Eq)]

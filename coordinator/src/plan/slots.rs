@@ -35,7 +35,8 @@ pub(super) const fn tally(count: &mut usize, counted: bool, more: bool) {
 }
 
 /// Whether a node counts against max-unavailable: its slot is used, or its kubelet doesn't report it ready. One node counts once.
-pub(super) fn unavailable(node: &NodeFacts) -> bool {
+#[must_use]
+pub fn unavailable(node: &NodeFacts) -> bool {
     node.view.slot_used() || !node.ready
 }
 

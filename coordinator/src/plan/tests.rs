@@ -1,11 +1,13 @@
-use flannel_migration_protocol::{CalicoFacts, Failures, Field, FlannelFacts, Grant, Report, State};
+use flannel_migration_protocol::{Failures, Field, Grant, Report, State};
 use proptest::prelude::{Just, Strategy as _, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
 use rstest::rstest;
 
-use super::slots::unavailable;
+use self::grants::grant;
 use super::*;
 use crate::args::MaxUnavailable;
 
+#[path = "../../tests/model/grant.rs"]
+mod grants;
 #[path = "planner_tests.rs"]
 mod planner;
 #[path = "requests_tests.rs"]
@@ -29,29 +31,7 @@ fn now() -> Timestamp {
 }
 
 fn grant_of(epoch: u64, goal: Goal) -> Grant {
-    Grant {
-        epoch: Epoch::new(epoch).unwrap(),
-        fence: 1,
-        goal,
-        strategy: Strategy::Drain,
-        budget_seconds: 120,
-        keep_seconds: 600,
-        flannel: FlannelFacts {
-            networks: vec![],
-            vni: 1,
-            port: 8472,
-            mtu: 1450,
-            cni_conf_dir: String::new(),
-            canal: false,
-        },
-        calico: CalicoFacts {
-            cni_conf_name: String::new(),
-            cni_conf_template: String::new(),
-            mtu: 1450,
-            health_port: 9099,
-            kube_service_address: String::new(),
-        },
-    }
+    grant(Epoch::new(epoch).unwrap(), goal)
 }
 
 fn resting(name: &str, state: State, network: Network) -> NodeFacts {

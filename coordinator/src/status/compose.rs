@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use super::{AlarmStatus, Coordinator, FindingStatus, NodeStatus, Phase, PolicyStatus, Progress, Status};
 use crate::args::Policy;
 use crate::cluster::NodeFacts;
-use crate::plan::{Known, Waiting, plan};
+use crate::plan::{Known, Waiting, plan, unavailable};
 
 /// What the nodes don't say: the coordinator notes it, and reads it back from its ConfigMap after a restart. Nothing is decided by it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -233,10 +233,9 @@ impl<'a> Ways<'a> {
             let for_others = list_of(all.iter(), all.len());
             Way { all, for_others }
         };
-        let in_change = |node: &NodeFacts| node.view.slot_used() || !node.ready;
         Self {
-            in_change: named(&in_change),
-            control_planes: named(&|node| node.control_plane && in_change(node)),
+            in_change: named(&unavailable),
+            control_planes: named(&|node| node.control_plane && unavailable(node)),
             stuck: named(&|node| node.view.state.get() == Some(&State::Stuck)),
             failed: named(&|node| !node.view.failures.is_absent()),
         }

@@ -8,12 +8,11 @@ use flannel_migration_coordinator::args::Policy;
 use flannel_migration_coordinator::cluster::NodeFacts;
 use flannel_migration_coordinator::patch;
 use flannel_migration_coordinator::plan::{End, Known, Moment, Planner, Step, back_off, plan};
-use flannel_migration_protocol::{
-    CalicoFacts, Epoch, FlannelFacts, Goal, Grant, Network, Request, State, Writer,
-};
+use flannel_migration_protocol::{Epoch, Goal, Grant, Network, Request, State, Strategy, Writer};
 use jiff::Timestamp;
 use serde_json::Value;
 
+use super::grant::grant;
 use super::random::Random;
 use super::store::Store;
 
@@ -281,7 +280,9 @@ impl Leader {
         };
         match &task.step {
             Step::Grant { epoch, goal, strategy: _ } => {
-                patch::granted(now, &grant(*epoch, self.fence, *goal))
+                let strategy = Strategy::InPlace;
+                let grant = Grant { fence: self.fence, strategy, keep_seconds: 0, ..grant(*epoch, *goal) };
+                patch::granted(now, &grant)
             }
             Step::CallOff => patch::withdrawn(now, now.view.granted()?.epoch, None),
             Step::Clear if task.written == 0 => patch::cordoned(now, answered(State::Prepared)?, true)
@@ -318,31 +319,5 @@ impl Leader {
             Step::Relabel(network) => patch::relabelled(now, *network),
             Step::Register | Step::Enrol => None,
         }
-    }
-}
-
-fn grant(epoch: Epoch, fence: u64, goal: Goal) -> Grant {
-    Grant {
-        epoch,
-        fence,
-        goal,
-        strategy: flannel_migration_protocol::Strategy::InPlace,
-        budget_seconds: 120,
-        keep_seconds: 0,
-        flannel: FlannelFacts {
-            networks: vec![],
-            vni: 1,
-            port: 8472,
-            mtu: 1450,
-            cni_conf_dir: String::new(),
-            canal: false,
-        },
-        calico: CalicoFacts {
-            cni_conf_name: String::new(),
-            cni_conf_template: String::new(),
-            mtu: 1450,
-            health_port: 9099,
-            kube_service_address: String::new(),
-        },
     }
 }

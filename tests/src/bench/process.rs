@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_processs_time_goes_on_and_its_memory_is_read_from_its_status() {
+    fn the_time_of_a_process_goes_on_and_its_memory_is_read_from_its_status() {
         let before = usage(std::process::id()).unwrap();
         let sum: u64 = (0..2_000_000_u64).map(std::hint::black_box).sum();
         assert!(usage(std::process::id()).unwrap().cpu > before.cpu, "{sum}");

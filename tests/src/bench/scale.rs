@@ -28,7 +28,7 @@ use crate::{
 pub const PODS: u32 = 3;
 /// Name of the test bed.
 pub const BED: &str = "b-scale";
-/// How long an agent waits for Calico where it isn't there at once: as long as on the nodes of `hack/bench sides`.
+/// How long an agent waits for Calico where it isn't there at once: about as long as on the nodes of `hack/bench sides`.
 const PACE: Duration = Duration::from_millis(4500);
 /// How long the start may take.
 const START: Duration = Duration::from_mins(8);

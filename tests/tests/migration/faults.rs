@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use flannel_migration_tests::{
     bed::{Bed, control, flannel},
-    migration::{self, LEASE_LABEL, STATE_LABEL},
+    migration::{self, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL},
     probe::{Options, Prober, Workloads, deploy_to},
     run,
     shape::{NodeShape, Shape},
@@ -22,7 +22,7 @@ pub fn outage() -> Duration {
     Duration::from_secs(if std::env::var_os("FAULTS").is_some() { 90 } else { 15 })
 }
 
-fn wait(bed: &Bed, what: &str, limit: Duration, holds: impl FnMut() -> anyhow::Result<bool>) {
+pub fn wait(bed: &Bed, what: &str, limit: Duration, holds: impl FnMut() -> anyhow::Result<bool>) {
     run::wait_for(what, limit, holds)
         .unwrap_or_else(|error| panic!("{error:#}\n{}", migration::coordinator_log(bed).unwrap_or_default()));
 }
@@ -122,16 +122,24 @@ fn api_server_that_is_down(bed: &Bed, prober: &Prober) {
     expect_connected(prober);
 }
 
-/// Somebody installs flannel again in mid-run: its pods are tied to the label again, and migrated nodes stay Calico's.
-fn flannel_that_is_put_back(bed: &Bed, prober: &Prober) {
+/// Whether flannel's pods follow the network label.
+pub fn tied(bed: &Bed) -> anyhow::Result<bool> {
+    let (namespace, name) = flannel::daemonset(&bed.shape);
+    let set = bed.get(&["-n", namespace, "daemonset", name])?;
+    Ok(set["spec"]["template"]["spec"]["nodeSelector"][NETWORK_LABEL] == "flannel")
+}
+
+/// As somebody would in mid-run.
+pub fn reinstall_flannel(bed: &Bed) {
     let (namespace, name) = flannel::daemonset(&bed.shape);
     bed.kubectl(&["-n", namespace, "delete", "daemonset", name]).unwrap();
     bed.apply(&flannel::manifest(&bed.parts, &bed.shape).unwrap()).unwrap();
-    wait(bed, "flannel is tied to the label again", Duration::from_mins(1), || {
-        let set = bed.get(&["-n", namespace, "daemonset", name])?;
-        let selector = &set["spec"]["template"]["spec"]["nodeSelector"];
-        Ok(selector["projectcalico.org/node-network-during-migration"] == "flannel")
-    });
+    wait(bed, "flannel is tied to the label again", Duration::from_mins(1), || tied(bed));
+}
+
+/// Somebody installs flannel again in mid-run: its pods are tied to the label again, and migrated nodes stay Calico's.
+fn flannel_that_is_put_back(bed: &Bed, prober: &Prober) {
+    reinstall_flannel(bed);
     wait(bed, "n1 has nothing of flannel's", Duration::from_mins(1), || {
         let left = bed.exec("n1", &["sh", "-c", "ls /etc/cni/net.d; ip -o link show type vxlan"])?;
         Ok(!left.contains("flannel"))

@@ -8,17 +8,22 @@ use crate::bench::{
     svg::Bar,
 };
 
-/// The runs by the cluster and how its nodes were taken through, in their order.
-fn kinds(runs: &[Figures]) -> Vec<Vec<&Figures>> {
-    let mut kinds: Vec<Vec<&Figures>> = Vec::new();
-    let same = |a: &Figures, b: &Figures| (a.nodes, a.manner()) == (b.nodes, b.manner());
+/// The runs by what they have in common, in their order.
+fn by<K: PartialEq>(runs: &[Figures], common: impl Fn(&Figures) -> K) -> Vec<(K, Vec<&Figures>)> {
+    let mut kinds: Vec<(K, Vec<&Figures>)> = Vec::new();
     for run in runs {
-        match kinds.iter_mut().find(|kind| kind.first().is_some_and(|first| same(first, run))) {
-            Some(kind) => kind.push(run),
-            None => kinds.push(vec![run]),
+        let of = common(run);
+        match kinds.iter_mut().find(|(kind, _)| *kind == of) {
+            Some((_, kind)) => kind.push(run),
+            None => kinds.push((of, vec![run])),
         }
     }
     kinds
+}
+
+/// The cluster, and how its nodes were taken through.
+fn roll(run: &Figures) -> (u32, String) {
+    (run.nodes, run.manner())
 }
 
 fn median(kind: &[&Figures], quantity: impl Fn(&Figures) -> f64) -> String {
@@ -38,23 +43,21 @@ pub fn share(run: &Figures) -> f64 {
 
 /// Processor time per node, for each cluster and max-unavailable.
 pub fn bars(runs: &[Figures]) -> Vec<Bar> {
-    let bar = |kind: Vec<&Figures>| {
-        let first = kind.first()?;
-        let name = format!("{} nodes, max-unavailable {}", first.nodes, first.manner());
-        Some(Bar { name, spread: Spread::of(kind.iter().map(|run| processor(run)))? })
+    let bar = |((nodes, manner), kind): ((u32, String), Vec<&Figures>)| {
+        let name = format!("{nodes} nodes, max-unavailable {manner}");
+        Some(Bar { name, spread: Spread::of(kind.into_iter().map(processor))? })
     };
-    kinds(runs).into_iter().filter_map(bar).collect()
+    by(runs, roll).into_iter().filter_map(bar).collect()
 }
 
 /// The roll.
 pub fn rolling(runs: &[Figures]) -> String {
-    let rows = kinds(runs).into_iter().filter_map(|kind| {
-        let first = kind.first()?;
+    let rows = by(runs, roll).into_iter().map(|((nodes, manner), kind)| {
         let all = |quantity: &dyn Fn(&Figures) -> f64| shown(kind.iter().map(|run| quantity(run)));
         let per = |quantity: &dyn Fn(&Figures) -> f64| median(&kind, |run| run.per_node(quantity(run)));
-        Some(vec![
-            first.nodes.to_string(),
-            first.manner(),
+        vec![
+            nodes.to_string(),
+            manner,
             median(&kind, |run| f64::from(run.taken)),
             all(&processor),
             all(&share),
@@ -67,7 +70,7 @@ pub fn rolling(runs: &[Figures]) -> String {
             per(&|run| run.seconds * 1000.0),
             median(&kind, |run| run.lease * 1000.0),
             median(&kind, |run| (run.lease - run.agent) * 1000.0),
-        ])
+        ]
     });
     table(
         &[
@@ -92,15 +95,7 @@ pub fn rolling(runs: &[Figures]) -> String {
 
 /// Starts and restarts.
 pub fn starting(runs: &[Figures]) -> String {
-    let mut kinds: Vec<((u32, bool), Vec<&Figures>)> = Vec::new();
-    for run in runs {
-        let of = (run.nodes, run.restarted);
-        match kinds.iter_mut().find(|(kind, _)| *kind == of) {
-            Some((_, kind)) => kind.push(run),
-            None => kinds.push((of, vec![run])),
-        }
-    }
-    let rows = kinds.into_iter().map(|((nodes, restarted), kind)| {
+    let rows = by(runs, |run| (run.nodes, run.restarted)).into_iter().map(|((nodes, restarted), kind)| {
         let all = |quantity: &dyn Fn(&Figures) -> f64| shown(kind.iter().map(|run| quantity(run)));
         vec![
             nodes.to_string(),

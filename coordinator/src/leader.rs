@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flannel_migration_telemetry::Probes;
-use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ObjectMeta};
 use kube::{Client, ResourceExt as _};
 use tokio::sync::watch;

@@ -86,9 +86,11 @@ pub struct Status {
     pub coordinator: Option<Coordinator>,
     /// When a coordinator first led this migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub started: Option<Timestamp>,
     /// When it was complete.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub ended: Option<Timestamp>,
     /// How nodes are taken through; absent while no coordinator has led.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -116,6 +118,7 @@ pub struct Coordinator {
     pub version: String,
     /// When it last renewed its leadership, by its clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub renewed: Option<Timestamp>,
 }
 
@@ -178,6 +181,7 @@ pub struct NodeStatus {
     pub step: String,
     /// When the state was entered, by the node's clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub since: Option<Timestamp>,
     /// How its pods are dealt with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -193,9 +197,11 @@ pub struct NodeStatus {
     pub evicted: Option<usize>,
     /// When its last lease was granted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub leased_at: Option<Timestamp>,
     /// When it was migrated and back at work.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub migrated_at: Option<Timestamp>,
     /// Whether its kubelet reports it ready.
     pub ready: bool,
@@ -214,6 +220,7 @@ pub struct NodeStatus {
     pub waiting_for: Option<String>,
     /// Not tried again before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", extend("format" = "date-time"))]
     pub retry_after: Option<Timestamp>,
 }
 

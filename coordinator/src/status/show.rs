@@ -128,7 +128,10 @@ fn noted(kept: Option<&Status>, lease: Option<Lease>, nodes: &[Arc<NodeFacts>]) 
         _ => String::new(),
     };
     noted.coordinator = spec.holder_identity.filter(|identity| !identity.is_empty()).map(|identity| {
-        Coordinator { version: version(&identity), identity, renewed: spec.renew_time.map(|time| time.0) }
+        // The API's types are of an older jiff.
+        let renewed =
+            spec.renew_time.and_then(|time| Timestamp::from_nanosecond(time.0.as_nanosecond()).ok());
+        Coordinator { version: version(&identity), identity, renewed }
     });
     if noted.phase == Phase::NotStarted {
         let begun = nodes.iter().any(|node| !node.view.network.is_absent());

@@ -2,6 +2,7 @@ use clap::Parser as _;
 use flannel_migration_protocol::{Field, Network};
 use k8s_openapi::api::coordination::v1::LeaseSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff;
 
 use super::*;
 use crate::args::Cli;
@@ -10,7 +11,7 @@ use crate::status::PolicyStatus;
 fn lease(holder: &str) -> Lease {
     let spec = LeaseSpec {
         holder_identity: Some(holder.to_owned()),
-        renew_time: Some(MicroTime(Timestamp::UNIX_EPOCH)),
+        renew_time: Some(MicroTime(jiff::Timestamp::from_microsecond(1_500_000).unwrap())),
         ..LeaseSpec::default()
     };
     Lease { spec: Some(spec), ..Lease::default() }
@@ -38,7 +39,8 @@ fn who_leads_is_the_leases_holder_and_its_version_is_known_only_of_itself() {
     };
     assert_eq!(noted(Some(&kept), None, &[]).coordinator, None);
     assert_eq!(noted(Some(&kept), Some(lease("")), &[]).coordinator, None);
-    assert_eq!(noted(Some(&kept), Some(lease("a")), &[]).coordinator.unwrap().version, "1");
+    let known = noted(Some(&kept), Some(lease("a")), &[]).coordinator.unwrap();
+    assert_eq!((known.version.as_str(), known.renewed), ("1", Timestamp::from_microsecond(1_500_000).ok()));
     assert_eq!(noted(Some(&kept), Some(lease("b")), &[]).coordinator.unwrap().version, "");
 }
 

@@ -1,7 +1,7 @@
 # Both images: docker build --target coordinator . ; docker build --target agent .
 # Nothing here is of one architecture: docker buildx build --platform ... builds natively or emulated.
-ARG RUST_IMAGE=docker.io/library/rust:1.95-bookworm
-ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
+ARG RUST_IMAGE=docker.io/library/rust:1.95-trixie
+ARG RUNTIME_IMAGE=docker.io/library/debian:trixie-slim
 
 FROM ${RUST_IMAGE} AS build
 WORKDIR /src

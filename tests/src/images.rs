@@ -25,7 +25,7 @@ const BASE_PACKAGES: &str =
     "iptables,nftables,iproute2,ipset,kmod,conntrack,procps,iputils-ping,netbase,ca-certificates";
 
 /// Debian's release of the stand-in base.
-const BASE_SUITE: &str = "bookworm";
+const BASE_SUITE: &str = "trixie";
 
 /// The finished base and store.
 #[derive(Debug, Clone)]
@@ -89,12 +89,7 @@ fn base() -> Result<PathBuf> {
 
 /// The tar of a base that holds what the official slim one does, and nothing that the images need beyond it.
 pub fn slim() -> Result<PathBuf> {
-    // Directories are merged when the base is made: the package that merges those of a machine would bring all of Perl.
-    let hooks = [
-        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
-        "--customize-hook=rm -f \"$1\"/var/cache/apt/*.bin",
-    ];
-    debian("slim", "usr-is-merged", &hooks)
+    debian("slim", "", &["--customize-hook=rm -f \"$1\"/var/cache/apt/*.bin"])
 }
 
 fn debian(name: &str, packages: &str, hooks: &[&str]) -> Result<PathBuf> {
@@ -104,7 +99,10 @@ fn debian(name: &str, packages: &str, hooks: &[&str]) -> Result<PathBuf> {
         eprintln!("images: installing a stand-in for the official Debian base (about a minute)");
         let tar = directory.join("base.tar");
         let include = format!("--include={packages}");
-        let mut arguments = vec!["--variant=minbase", "--mode=root", include.as_str(), "--quiet"];
+        let mut arguments = vec!["--variant=minbase", "--mode=root", "--quiet"];
+        if !packages.is_empty() {
+            arguments.push(&include);
+        }
         arguments.extend(hooks);
         for drop in ["doc/*", "man/*", "locale/*", "info/*"] {
             arguments.push(match drop {

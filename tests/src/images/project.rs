@@ -179,7 +179,7 @@ impl Buildah {
             );
             fs::write(directory.join("storage.conf"), configuration)?;
             let debian = Image {
-                names: vec!["docker.io/library/debian:bookworm-slim"],
+                names: vec!["docker.io/library/debian:trixie-slim"],
                 layers: vec![Layer::of(base)?],
                 entrypoint: vec![],
             };

@@ -120,7 +120,7 @@ pub fn recipe(parts: &Parts) -> Result<Vec<Recipe>> {
 pub fn images(directory: &Path, base: &Path, recipes: &[Recipe]) -> Result<Vec<Image>> {
     let base = Layer::of(base)?;
     let debian = Image {
-        names: vec!["docker.io/library/debian:bookworm-slim"],
+        names: vec!["docker.io/library/debian:trixie-slim"],
         layers: vec![base.clone()],
         entrypoint: vec![],
     };

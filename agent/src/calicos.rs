@@ -38,14 +38,17 @@ pub fn make_way(journal: &Journal) -> Result<(), Error> {
     Ok(socket.apply(&requests)?)
 }
 
-/// Removes Felix's rules and sets, and what Calico's installer put beside the CNI configs.
+/// Removes Felix's rules, tables and sets, and what Calico's installer put beside the CNI configs.
 ///
 /// Routes to pods that Calico made stay: they are what those pods have until they are deleted. In Canal the policies' rules were there
 /// before, and go on.
-pub fn remove(journal: &Journal, canal: bool) -> Result<(), Error> {
-    if !canal {
-        rules::remove_calicos()?;
-        remove_sets();
+pub fn remove(journal: &Journal) -> Result<(), Error> {
+    match &journal.entry.captured {
+        Some(captured) if captured.canal => rules::remove_calicos_from_canal(captured)?,
+        _ => {
+            rules::remove_calicos()?;
+            remove_sets();
+        }
     }
     let Some(grant) = &journal.entry.grant else { return Ok(()) };
     let directory = Path::new(&grant.flannel.cni_conf_dir);

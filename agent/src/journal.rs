@@ -99,6 +99,9 @@ pub struct Captured {
     pub rules: BTreeMap<String, Vec<Rules>>,
     /// flannel's nftables tables.
     pub tables: Vec<Table>,
+    /// Felix's nftables tables, that only Canal has before a migration, as family and name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<String>,
 }
 
 /// How far an operation got.

@@ -204,7 +204,6 @@ pub fn undo(journal: &mut Journal, site: &Site, reason: &str, message: &str) -> 
         );
         return Ok(journal.enter(State::Stuck, "UndoFailed", &advice)?);
     }
-    let canal = journal.entry.captured.as_ref().is_some_and(|captured| captured.canal);
     if met_calico {
         // Those that Calico's plugin was just making, after a boot above all, are guests as well.
         if !quiet(&CALICOS_PLUGINS) {
@@ -213,7 +212,7 @@ pub fn undo(journal: &mut Journal, site: &Site, reason: &str, message: &str) -> 
         let late = guests::late(journal, site, &guests)?;
         guests::reserve_late(journal, site, &late)?;
         guests.extend(late);
-        calicos::remove(journal, canal)?;
+        calicos::remove(journal)?;
         guests::connect(journal, &guests)?;
     }
     journal.entry.evict = guests.iter().map(guests::named).collect();

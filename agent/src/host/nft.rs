@@ -1,11 +1,21 @@
-//! flannel's own nftables tables (`EnableNFTables`). Tables of iptables-nft are never touched here.
+//! Tables that flannel (`EnableNFTables`) and Felix (`nftablesMode`) have of their own in nftables. Tables of iptables-nft are never touched
+//! here.
+//!
+//! Felix's image brings an `nft` that may be newer than the agent's. So tables are found and deleted by name, for which nothing in them need
+//! be understood.
 
 use serde::{Deserialize, Serialize};
 
 use crate::host::command::{self, Error};
 
-/// Family and name of the tables that flannel makes; both are always made.
-pub const FLANNEL: [(&str, &str); 2] = [("ip", "flannel-ipv4"), ("ip6", "flannel-ipv6")];
+/// Family and name of a table.
+pub type Name = (&'static str, &'static str);
+
+/// The tables that flannel makes; both are always made.
+pub const FLANNEL: [Name; 2] = [("ip", "flannel-ipv4"), ("ip6", "flannel-ipv6")];
+
+/// The tables that Felix makes: those of its nftables mode, and that of ARP, which it has in iptables mode as well (Calico 3.32).
+pub const FELIX: [Name; 3] = [("ip", "calico"), ("ip6", "calico"), ("arp", "calico-arp")];
 
 /// A table as `nft` prints it, which is also how `nft -f` reads it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,27 +40,30 @@ fn list() -> Result<String, Error> {
     }
 }
 
-/// flannel's tables; none when `nft` isn't installed.
-pub fn flannel() -> Result<Vec<Table>, Error> {
+/// Those of the tables that are there; none when `nft` isn't installed.
+pub fn present(names: &[Name]) -> Result<Vec<Name>, Error> {
     let list = list()?;
+    Ok(names.iter().copied().filter(|(family, name)| is_there(&list, &format!("{family} {name}"))).collect())
+}
+
+/// flannel's tables with all that is in them.
+pub fn flannel() -> Result<Vec<Table>, Error> {
     let mut tables = Vec::new();
-    for (family, name) in FLANNEL {
-        if is_there(&list, &format!("{family} {name}")) {
-            let text = command::run("nft", &["list", "table", family, name], "")?;
-            tables.push(Table { family: family.into(), name: name.into(), text });
-        }
+    for (family, name) in present(&FLANNEL)? {
+        let text = command::run("nft", &["list", "table", family, name], "")?;
+        tables.push(Table { family: family.into(), name: name.into(), text });
     }
     Ok(tables)
 }
 
-/// Removes tables, all or none.
-pub fn delete(tables: &[Table]) -> Result<(), Error> {
+/// Removes tables that are there, all or none.
+pub fn delete(tables: &[Name]) -> Result<(), Error> {
     if tables.is_empty() {
         return Ok(());
     }
-    let lines: Vec<String> =
-        tables.iter().map(|table| format!("delete table {} {}", table.family, table.name)).collect();
-    command::run("nft", &["-f", "-"], &format!("{}\n", lines.join("\n"))).map(drop)
+    let script: String =
+        tables.iter().flat_map(|(family, name)| ["delete table ", family, " ", name, "\n"]).collect();
+    command::run("nft", &["-f", "-"], &script).map(drop)
 }
 
 /// Puts captured tables back in place of what is there of them.

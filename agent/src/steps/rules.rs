@@ -33,7 +33,12 @@ pub fn capture(owner: &Owner, captured: &mut Captured) -> Result<(), Error> {
         }
     }
     captured.tables = nft::flannel()?;
+    captured.policies = nft::present(&nft::FELIX)?.into_iter().map(table_name).collect();
     Ok(())
+}
+
+fn table_name((family, name): nft::Name) -> String {
+    format!("{family} {name}")
 }
 
 /// Removes what is there now, which may be more than was captured.
@@ -44,7 +49,7 @@ pub fn remove(journal: &Journal, captured: &Captured) -> Result<(), Error> {
             iptables::restore(world, &iptables::removal(&iptables::owned(&save, &owner)))?;
         }
     }
-    Ok(nft::delete(&nft::flannel()?)?)
+    Ok(nft::delete(&nft::present(&nft::FLANNEL)?)?)
 }
 
 /// Puts back what was captured.
@@ -78,12 +83,21 @@ fn table_lines<'a>(save: &'a str, table: &str) -> Vec<&'a str> {
     save.lines().skip_while(|line| **line != header).take_while(|line| *line != "COMMIT").collect()
 }
 
-/// Removes what Felix left behind, so that a node that goes back has nothing of Calico's.
+/// Removes what Felix left behind, so that a node that goes back has nothing of Calico's: chains of its iptables mode, tables of its
+/// nftables mode. Both may be there: which mode it is in, it decides anew at each start.
 pub fn remove_calicos() -> Result<(), Error> {
     for world in WORLDS {
         if let Some(save) = iptables::save(world)? {
             iptables::restore(world, &iptables::removal(&iptables::owned(&save, &Owner::Calico)))?;
         }
     }
-    Ok(())
+    Ok(nft::delete(&nft::present(&nft::FELIX)?)?)
+}
+
+/// The same in Canal, whose own Felix goes on: only tables go that it didn't have. If it is older or in another mode, it neither keeps
+/// them up to date nor removes them, and they would drop what comes from nodes and pods that they don't know.
+pub fn remove_calicos_from_canal(captured: &Captured) -> Result<(), Error> {
+    let mut tables = nft::present(&nft::FELIX)?;
+    tables.retain(|table| !captured.policies.contains(&table_name(*table)));
+    Ok(nft::delete(&tables)?)
 }

@@ -199,7 +199,7 @@ impl World {
         self.directory.path().join(name)
     }
 
-    fn script(&self, program: &str, input: &str) {
+    pub fn script(&self, program: &str, input: &str) {
         let file = self.path("input");
         std::fs::write(&file, input).unwrap();
         sh(&format!("ip netns exec {} {program} <{}", self.node(), file.display()));

@@ -81,6 +81,8 @@ fn host(bed: &Bed, node: &str) -> BTreeMap<String, String> {
             "ls /var/lib/cni/networks/* /var/lib/cni/results /var/lib/cni/flannel /run/flannel 2>/dev/null; true",
         ),
         ("sets", "ipset list -n | grep cali || true"),
+        // Felix's own; iptables' tables stay where they were needed once.
+        ("tables", "nft list tables | grep -w calico | sort"),
         (
             "rules",
             "for save in iptables-nft-save iptables-legacy-save ip6tables-nft-save ip6tables-legacy-save; do \

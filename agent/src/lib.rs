@@ -17,6 +17,7 @@ pub mod names;
 pub mod news;
 pub mod node;
 pub mod observe;
+pub mod policies;
 pub mod probe;
 pub mod steps;
 pub mod work;

@@ -10,12 +10,12 @@ use tracing::{info, warn};
 
 use crate::host::netlink::Socket;
 use crate::host::saved::Saved;
-use crate::host::{cni, connections, files, iptables, links, netns, process, sysctl};
+use crate::host::{cni, connections, files, links, netns, process, sysctl};
 use crate::inventory::{Inventory, Known};
 use crate::journal::{self, Captured, Journal};
 use crate::probe::{self, From, Kind, Peers, Probe};
 use crate::steps::{self, Error, Op, Site, bridge, capture, device, peers};
-use crate::{calicos, guests};
+use crate::{calicos, guests, policies};
 
 const RP_FILTER: &str = "net.ipv4.conf.all.rp_filter";
 /// How long plugins that were started with flannel's config may take to end, and a pod in the making to be on record.
@@ -258,10 +258,7 @@ pub fn verify(journal: &mut Journal, site: &Site) -> Result<usize, Error> {
 fn expected(journal: &Journal) -> Result<probe::Baseline, Error> {
     let mut baseline = journal.entry.baseline.clone();
     let Some(captured) = &journal.entry.captured else { return Ok(baseline) };
-    let mut saves = String::new();
-    for world in ["iptables-nft", "iptables-legacy"] {
-        saves += &iptables::save(world)?.unwrap_or_default();
-    }
+    let restricted = policies::restricted()?;
     let here = |address: IpAddr| {
         captured.pods.iter().any(|pod| pod.adopted.ip.contains(&address) && probe::alive(&pod.netns))
     };
@@ -276,15 +273,9 @@ fn expected(journal: &Journal) -> Result<probe::Baseline, Error> {
             .pods
             .iter()
             .find(|pod| pod.netns == *netns)
-            .is_some_and(|pod| probe::alive(netns) && !restricted(&saves, &pod.cali)),
+            .is_some_and(|pod| probe::alive(netns) && !restricted.contains(&pod.cali)),
     });
     Ok(baseline)
-}
-
-/// Whether Felix enforces an egress policy on a pod's interface: its chain leads to a policy's.
-fn restricted(saves: &str, interface: &str) -> bool {
-    let chain = format!("-A cali-fw-{interface} ");
-    saves.lines().any(|line| line.starts_with(&chain) && line.contains("-j cali-po-"))
 }
 
 /// Lets the addresses go that the node kept. What still uses them is cut, and said.

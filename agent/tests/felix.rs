@@ -1,14 +1,16 @@
-//! What Felix leaves in nftables, as Felix of Calico 3.32.1 has written it: removed on the way back.
+//! What Felix leaves in nftables, as Felix of Calico 3.32.1 has written it: read in the verification, removed on the way back.
 
 #![allow(clippy::unwrap_used, reason = "all of it is tests")]
 
 mod world;
 
+use std::collections::BTreeSet;
+
 use flannel_migration_agent::inventory::interface_name;
 use flannel_migration_agent::journal::Journal;
 use flannel_migration_agent::probe::{self, Baseline, From, Kind, Probe};
 use flannel_migration_agent::steps::{Op, apply};
-use flannel_migration_agent::work;
+use flannel_migration_agent::{policies, work};
 use flannel_migration_protocol::State;
 use world::{World, sh};
 
@@ -119,6 +121,27 @@ fn canals_own_tables_stay_and_those_that_came_with_calico_go() {
     let left = tables(&world);
     assert!(left.contains("table ip calico\n"), "{left}");
     assert!(!left.contains("ip6 calico") && !left.contains("calico-arp"), "{left}");
+}
+
+#[test]
+fn what_a_policy_in_nftables_forbids_is_not_expected_of_a_pod() {
+    let world = World::new(4);
+    let mut journal = switched(&world);
+    let site = world.site(true);
+    world.script("nft -f -", &felix(&world).replace("192.0.2.3", "192.0.2.2"));
+    let from = |pod: &world::Pod| From::Pod(pod.name.clone(), format!("/var/run/netns/{}", pod.netns));
+    let probes = world.pods.iter().map(|pod| echo(from(pod)));
+    journal.entry.baseline.worked = probes.chain([echo(From::Host)]).collect();
+    world.inside(|| {
+        let missing: Vec<String> =
+            probe::missing(&journal.entry.baseline).iter().map(ToString::to_string).collect();
+        assert_eq!(missing, ["pod-0 -> 10.244.2.5 (84 bytes)", "pod-1 -> 10.244.2.5 (84 bytes)"]);
+        let lost = work::verify(&mut journal, &site).unwrap();
+        assert_eq!((lost, journal.entry.state), (0, State::Calico), "{}", journal.entry.message);
+        let restricted: BTreeSet<String> =
+            ["pod-0", "pod-1"].map(|pod| interface_name("default", pod)).into();
+        assert_eq!(policies::restricted().unwrap(), restricted);
+    });
 }
 
 fn known(probe: Probe) -> Baseline {

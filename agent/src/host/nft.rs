@@ -14,8 +14,11 @@ pub type Name = (&'static str, &'static str);
 /// The tables that flannel makes; both are always made.
 pub const FLANNEL: [Name; 2] = [("ip", "flannel-ipv4"), ("ip6", "flannel-ipv6")];
 
+/// The table in which Felix filters IPv4.
+pub const FELIX_IPV4: Name = ("ip", "calico");
+
 /// The tables that Felix makes: those of its nftables mode, and that of ARP, which it has in iptables mode as well (Calico 3.32).
-pub const FELIX: [Name; 3] = [("ip", "calico"), ("ip6", "calico"), ("arp", "calico-arp")];
+pub const FELIX: [Name; 3] = [FELIX_IPV4, ("ip6", "calico"), ("arp", "calico-arp")];
 
 /// A table as `nft` prints it, which is also how `nft -f` reads it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +57,12 @@ pub fn flannel() -> Result<Vec<Table>, Error> {
         tables.push(Table { family: family.into(), name: name.into(), text });
     }
     Ok(tables)
+}
+
+/// A table's chains and rules in JSON, without the elements of its sets; `None` when there is no such table.
+pub fn rules(table: Name) -> Result<Option<String>, Error> {
+    let Some((family, name)) = present(&[table])?.pop() else { return Ok(None) };
+    command::run("nft", &["--json", "--terse", "list", "table", family, name], "").map(Some)
 }
 
 /// Removes tables that are there, all or none.

@@ -14,7 +14,7 @@ use crate::{bed::Bed, run};
 pub type Footprint = BTreeSet<String>;
 
 /// Commands whose output is compared, by name. Pods' own links are looked at as one: how many there are doesn't matter.
-const COMMANDS: [(&str, &str); 13] = [
+const COMMANDS: [(&str, &str); 14] = [
     ("link", "ip -d -o link | sed 's/^[0-9]*: //'"),
     ("address", "ip -o address | sed 's/^[0-9]*: //'"),
     ("route", "ip route"),
@@ -26,6 +26,8 @@ const COMMANDS: [(&str, &str); 13] = [
     ("ip6tables-nft", "ip6tables-nft-save 2>/dev/null"),
     ("ip6tables-legacy", "ip6tables-legacy-save 2>/dev/null || true"),
     ("nft", "nft list tables"),
+    // Without the elements of sets and maps, which are addresses and interfaces of pods.
+    ("felix", "nft list tables | grep -w calico | while read -r table; do nft --terse list $table; done"),
     (
         "file",
         "find /etc/cni /opt/cni /var/lib/cni /run/flannel* /var/lib/flannel* /run/systemd /run/xtables.lock /var/lib/calico \
@@ -202,6 +204,7 @@ impl Chance {
             (r"(wl-dispatch)-[0-9a-f]+", "$1"),
             ("cali:[A-Za-z0-9_-]{16}", "cali:<hash>"),
             (r"\[[0-9]+:[0-9]+\]", ""),
+            (r"\bcounter packets [0-9]+ bytes [0-9]+", "counter"),
             // The interface of a pod, its peer.
             ("cali[0-9a-f]{11}(@[a-z0-9]+)?", "cali<pod>"),
             (r"@if[0-9]+", ""),

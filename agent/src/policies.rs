@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use crate::host::{command, iptables, nft};
+use crate::host::{iptables, nft, tables};
+use crate::steps::Error;
 
 /// Start of the name of an interface's chain.
 const INTERFACE: &str = "cali-fw-";
@@ -19,18 +20,18 @@ const POLICIES: [&str; 2] = ["cali-po-", "cali-go-"];
 const LAYER: &str = "filter-";
 
 /// The interfaces on which Felix enforces an egress policy. Kubernetes' policies are of both families alike: IPv4 tells of both.
-pub fn restricted() -> Result<BTreeSet<String>, command::Error> {
+pub fn restricted() -> Result<BTreeSet<String>, Error> {
     let mut found = BTreeSet::new();
     for world in ["iptables-nft", "iptables-legacy"] {
         found.extend(in_iptables(&iptables::save(world)?.unwrap_or_default()));
     }
-    // A table of a newer `nft` that this one can't list excuses nobody; without policies that makes no difference.
-    let listed = nft::rules(nft::FELIX_IPV4).map(|listed| listed.map(|text| in_nftables(&text)));
-    match listed {
-        Ok(None) => {}
-        Ok(Some(Ok(interfaces))) => found.extend(interfaces),
-        Ok(Some(Err(error))) => unread(&error),
-        Err(error) => unread(&error),
+    if tables::is_there(nft::FELIX_IPV4)? {
+        // A table of a newer `nft` that this one can't list excuses nobody; without policies that makes no difference.
+        match nft::rules(nft::FELIX_IPV4).map(|listing| in_nftables(&listing)) {
+            Ok(Ok(interfaces)) => found.extend(interfaces),
+            Ok(Err(error)) => unread(&error),
+            Err(error) => unread(&error),
+        }
     }
     Ok(found)
 }

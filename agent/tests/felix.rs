@@ -6,6 +6,7 @@ mod world;
 
 use std::collections::BTreeSet;
 
+use flannel_migration_agent::host::{nft, tables};
 use flannel_migration_agent::inventory::interface_name;
 use flannel_migration_agent::journal::Journal;
 use flannel_migration_agent::probe::{self, Baseline, From, Kind, Probe};
@@ -46,7 +47,7 @@ fn felix(world: &World) -> String {
     INTERFACES.iter().zip(pods).fold(FELIX.to_owned(), |text, (from, to)| text.replace(from, &to))
 }
 
-fn tables(world: &World) -> String {
+fn listed(world: &World) -> String {
     sh(&format!("ip netns exec {} nft list tables", world.node()))
 }
 
@@ -86,7 +87,7 @@ fn on_the_way_back_all_that_felix_has_in_nftables_goes_and_nothing_of_others() {
         journal.enter(State::Reverting, "RollbackGranted", "").unwrap();
         world.inside(|| work::undo(&mut journal, &site, "RollbackGranted", "").unwrap());
         assert_eq!(journal.entry.state, State::Flannel, "{}", journal.entry.message);
-        let left = tables(&world);
+        let left = listed(&world);
         for gone in ["table ip calico", "table ip6 calico", "table arp calico-arp"] {
             assert!(left.lines().all(|line| line != gone), "{gone} in\n{left}");
         }
@@ -99,12 +100,31 @@ fn on_the_way_back_all_that_felix_has_in_nftables_goes_and_nothing_of_others() {
 #[test]
 fn a_node_on_which_felix_has_no_tables_goes_back_as_well() {
     let world = World::new(1);
-    let before = tables(&world);
+    let before = listed(&world);
     let mut journal = switched(&world);
     journal.enter(State::Reverting, "BudgetExceeded", "").unwrap();
     let site = world.site(true);
     world.inside(|| work::undo(&mut journal, &site, "BudgetExceeded", "").unwrap());
-    assert_eq!((journal.entry.state, tables(&world)), (State::Flannel, before));
+    assert_eq!((journal.entry.state, listed(&world)), (State::Flannel, before));
+}
+
+#[test]
+fn a_table_is_found_and_deleted_by_family_and_name_and_only_where_it_is() {
+    let world = World::new(0);
+    load_others(&world);
+    let before = others(&world);
+    world.inside(|| {
+        let there = || nft::FELIX.map(|name| tables::is_there(name).unwrap());
+        assert_eq!(there(), [false; 3]);
+        tables::delete(&nft::FELIX).unwrap();
+        world.script("nft -f -", FELIX);
+        assert_eq!(there(), [true; 3]);
+        tables::delete(&nft::FELIX[1..]).unwrap();
+        assert_eq!(there(), [true, false, false]);
+        tables::delete(&nft::FELIX).unwrap();
+        assert_eq!(there(), [false; 3]);
+    });
+    assert_eq!(others(&world), before);
 }
 
 #[test]
@@ -118,7 +138,7 @@ fn canals_own_tables_stay_and_those_that_came_with_calico_go() {
     journal.entry.captured = Some(canal);
     journal.enter(State::Reverting, "RollbackGranted", "").unwrap();
     world.inside(|| work::undo(&mut journal, &site, "RollbackGranted", "").unwrap());
-    let left = tables(&world);
+    let left = listed(&world);
     assert!(left.contains("table ip calico\n"), "{left}");
     assert!(!left.contains("ip6 calico") && !left.contains("calico-arp"), "{left}");
 }

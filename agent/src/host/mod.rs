@@ -17,3 +17,4 @@ pub mod process;
 pub mod routes;
 pub mod saved;
 pub mod sysctl;
+pub mod tables;

@@ -12,6 +12,7 @@ use std::net::Ipv4Addr;
 use crate::host::links::{self, Link};
 use crate::host::messages::Conf;
 use crate::host::netlink::Socket;
+use crate::host::tables::{self, Family, Name};
 use crate::host::{ingress, messages};
 use crate::steps::{Error, chain};
 
@@ -73,8 +74,7 @@ pub fn remove() -> Result<(), Error> {
 
 /// Closes it, also one that a crash left open; its links stay.
 pub fn close() -> Result<(), Error> {
-    ingress::delete(TABLE)?;
-    Ok(())
+    Ok(tables::delete(&[Name(Family::Netdev, TABLE)])?)
 }
 
 /// Index of the link whose deletion takes both away, among all that are there.

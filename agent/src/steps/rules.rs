@@ -1,7 +1,7 @@
 //! flannel's packet filter rules, in every place where flannel may have put them.
 
 use crate::host::iptables::{self, Owner, WORLDS};
-use crate::host::nft;
+use crate::host::{nft, tables};
 use crate::journal::{Captured, Journal};
 use crate::steps::Error;
 
@@ -32,13 +32,19 @@ pub fn capture(owner: &Owner, captured: &mut Captured) -> Result<(), Error> {
             }
         }
     }
-    captured.tables = nft::flannel()?;
-    captured.policies = nft::present(&nft::FELIX)?.into_iter().map(table_name).collect();
+    captured.tables.clear();
+    for name in nft::FLANNEL {
+        if tables::is_there(name)? {
+            captured.tables.push(nft::list(name)?);
+        }
+    }
+    captured.policies.clear();
+    for name in nft::FELIX {
+        if tables::is_there(name)? {
+            captured.policies.push(name.to_string());
+        }
+    }
     Ok(())
-}
-
-fn table_name((family, name): nft::Name) -> String {
-    format!("{family} {name}")
 }
 
 /// Removes what is there now, which may be more than was captured.
@@ -49,7 +55,7 @@ pub fn remove(journal: &Journal, captured: &Captured) -> Result<(), Error> {
             iptables::restore(world, &iptables::removal(&iptables::owned(&save, &owner)))?;
         }
     }
-    Ok(nft::delete(&nft::present(&nft::FLANNEL)?)?)
+    Ok(tables::delete(&nft::FLANNEL)?)
 }
 
 /// Puts back what was captured.
@@ -91,13 +97,13 @@ pub fn remove_calicos() -> Result<(), Error> {
             iptables::restore(world, &iptables::removal(&iptables::owned(&save, &Owner::Calico)))?;
         }
     }
-    Ok(nft::delete(&nft::present(&nft::FELIX)?)?)
+    Ok(tables::delete(&nft::FELIX)?)
 }
 
 /// The same in Canal, whose own Felix goes on: only tables go that it didn't have. If it is older or in another mode, it neither keeps
 /// them up to date nor removes them, and they would drop what comes from nodes and pods that they don't know.
 pub fn remove_calicos_from_canal(captured: &Captured) -> Result<(), Error> {
-    let mut tables = nft::present(&nft::FELIX)?;
-    tables.retain(|table| !captured.policies.contains(&table_name(*table)));
-    Ok(nft::delete(&tables)?)
+    let strange = |name: &tables::Name| !captured.policies.contains(&name.to_string());
+    let strange: Vec<_> = nft::FELIX.into_iter().filter(strange).collect();
+    Ok(tables::delete(&strange)?)
 }

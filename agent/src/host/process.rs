@@ -14,7 +14,7 @@ pub struct Process {
     pub pid: u32,
     /// The process that started it.
     pub parent: u32,
-    /// Last part of `argv[0]` and of the executable's path.
+    /// Last part of `argv[0]` and of the executable's path; of Calico's combined program, what it runs as.
     pub names: Vec<String>,
     /// Number of its network namespace, if it could be read.
     pub netns: Option<u64>,
@@ -36,13 +36,8 @@ pub fn all() -> BTreeMap<u32, Process> {
 fn process(pid: u32) -> Option<Process> {
     let directory = Path::new("/proc").join(pid.to_string());
     let command = fs::read(directory.join("cmdline")).ok()?;
-    let mut names = Vec::new();
-    if let Some(first) = command.split(|byte| *byte == 0).next() {
-        names.extend(last_part(&String::from_utf8_lossy(first)));
-    }
-    if let Ok(executable) = fs::read_link(directory.join("exe")) {
-        names.extend(last_part(executable.to_string_lossy().trim_end_matches(" (deleted)")));
-    }
+    let executable = fs::read_link(directory.join("exe")).ok();
+    let names = names(&command, executable.as_deref());
     let stat = fs::read_to_string(directory.join("stat")).ok()?;
     let mut after_name = stat.rsplit_once(')')?.1.split_whitespace();
     // A zombie runs no more; its parent may be slow to notice.
@@ -51,6 +46,27 @@ fn process(pid: u32) -> Option<Process> {
     }
     let parent = after_name.next()?.parse().ok()?;
     Some(Process { pid, parent, names, netns: netns::number(&directory.join("ns/net")) })
+}
+
+/// What a process goes by. From Calico 3.33 on all of Calico is one program, `calico`: without arguments it is the CNI plugin of that name,
+/// and `calico component felix` is what was `calico-node` before.
+fn names(command: &[u8], executable: Option<&Path>) -> Vec<String> {
+    let words: Vec<_> = command.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+    let executable = executable.map(Path::to_string_lossy);
+    let mut names: Vec<String> = words.first().and_then(|first| last_part(first)).into_iter().collect();
+    names.extend(executable.and_then(|path| last_part(path.trim_end_matches(" (deleted)"))));
+    if names.iter().any(|name| name == "calico")
+        && let [_, command, rest @ ..] = words.as_slice()
+    {
+        let component = match (command.as_ref(), rest.first().map(AsRef::as_ref)) {
+            ("component", Some("felix" | "node" | "confd")) => "calico-node".to_owned(),
+            ("component", Some(component)) => format!("calico-{component}"),
+            ("ctl" | "health" | "version" | "help", _) => format!("calico-{command}"),
+            _ => return names,
+        };
+        return vec![component];
+    }
+    names
 }
 
 fn last_part(path: &str) -> Option<String> {
@@ -94,6 +110,23 @@ mod tests {
                 (*pid, Process { pid: *pid, parent: *parent, names, netns: *netns })
             })
             .collect()
+    }
+
+    #[test]
+    fn calicos_one_program_goes_by_what_it_runs_as() {
+        let names = |command: &str, executable: &str| {
+            let command = command.replace(' ', "\0") + "\0";
+            names(command.as_bytes(), Some(Path::new(executable)))
+        };
+        assert_eq!(names("calico-node -felix", "/usr/bin/calico-node"), ["calico-node", "calico-node"]);
+        assert_eq!(names("calico component felix", "/usr/bin/calico"), ["calico-node"]);
+        assert_eq!(names("/usr/bin/calico component node node-services", "/usr/bin/calico"), ["calico-node"]);
+        // It may run on any node for as long as the cluster lives, and is no plugin at work.
+        let controllers = names("/usr/bin/calico component kube-controllers", "/usr/bin/calico");
+        assert_eq!(controllers, ["calico-kube-controllers"]);
+        assert_eq!(names("/opt/cni/bin/calico", "/opt/cni/bin/calico (deleted)"), ["calico", "calico"]);
+        assert_eq!(names("/opt/cni/bin/calico-ipam", "/opt/cni/bin/calico"), ["calico-ipam", "calico"]);
+        assert_eq!(names("flanneld --ip-masq", "/opt/bin/flanneld"), ["flanneld", "flanneld"]);
     }
 
     #[test]

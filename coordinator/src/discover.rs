@@ -9,6 +9,7 @@ use kube::ResourceExt as _;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::installer::Installer;
 use crate::origin::{self, Version};
 use crate::preflight::Finding;
 use flannel_migration_protocol::keys;
@@ -149,6 +150,8 @@ pub struct CalicoDaemon {
     pub template_key: String,
     /// The MTU's key in it, if the MTU comes from there.
     pub mtu_key: Option<String>,
+    /// What its installer is told.
+    pub installer: Installer,
     /// All images of its pods, each once.
     pub images: Vec<String>,
     /// Felix's health port on the host's loopback.
@@ -340,19 +343,18 @@ fn calico_daemon(of: &DaemonSet, spec: &PodSpec, node: &Container) -> Result<Cal
         .ok_or_else(|| unusable("it has no container install-cni"))?;
     let cni_conf_name = env(installer, "CNI_CONF_NAME")
         .ok_or_else(|| unusable("install-cni has no literal CNI_CONF_NAME"))?;
-    let from_config_map = |container: &Container, variable: &str| {
-        let source = container.env.iter().flatten().find(|env| env.name == variable)?.value_from.clone()?;
+    let from_config_map = |variable: &str| {
+        let source = installer.env.iter().flatten().find(|env| env.name == variable)?.value_from.clone()?;
         source.config_map_key_ref.map(|key| (key.name, key.key))
     };
-    let (config_map, template_key) = from_config_map(installer, "CNI_NETWORK_CONFIG")
+    let (config_map, template_key) = from_config_map("CNI_NETWORK_CONFIG")
         .ok_or_else(|| unusable("install-cni takes no CNI_NETWORK_CONFIG from a ConfigMap"))?;
     let mut images: Vec<String> = installers.filter_map(|container| container.image.clone()).collect();
     images.sort();
     images.dedup();
     Ok(CalicoDaemon {
-        mtu_key: from_config_map(installer, "CNI_MTU")
-            .filter(|(map, _)| *map == config_map)
-            .map(|(_, key)| key),
+        installer: Installer::of(installer, &config_map),
+        mtu_key: from_config_map("CNI_MTU").filter(|(map, _)| *map == config_map).map(|(_, key)| key),
         daemon_set,
         cni_conf_name,
         config_map,

@@ -14,6 +14,7 @@ pub mod discover;
 pub mod drain;
 pub mod finish;
 pub mod images;
+pub mod installer;
 pub mod leader;
 pub mod metrics;
 pub mod names;

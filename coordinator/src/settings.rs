@@ -24,7 +24,7 @@ pub struct Detected {
     pub net_conf: Option<NetConf>,
     /// All DaemonSets that run Calico.
     pub calico: Vec<Result<CalicoDaemon, Finding>>,
-    /// Calico's CNI config template.
+    /// Calico's CNI config template, filled in as far as it is the same on every node.
     pub template: Option<String>,
     /// The MTU of flannel's device and where it was seen.
     pub mtu: Option<(u32, String)>,

@@ -2,6 +2,7 @@ use rstest::rstest;
 
 use super::*;
 use crate::discover::Ipv6;
+use crate::installer::Installer;
 use crate::origin::Version;
 
 pub(crate) fn detected() -> Detected {
@@ -26,6 +27,7 @@ pub(crate) fn detected() -> Detected {
         config_map: "calico-config".into(),
         template_key: "cni_network_config".into(),
         mtu_key: Some("veth_mtu".into()),
+        installer: Installer::default(),
         images: vec!["cni:1".into()],
         health_port: 9099,
         waits: true,

@@ -1,5 +1,6 @@
 //! Reads the cluster: what is detected of flannel and Calico, without changing anything.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -107,7 +108,8 @@ async fn read_all(
     let (mut template, mut calico_pods, mut finishing) = (None, (0, 0), None);
     if let Ok(Some(daemon)) = settings::calico(stated, &calico) {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &daemon.daemon_set.namespace);
-        template = text_of(&maps, &daemon.config_map, &daemon.template_key).await?;
+        let data = data_of(&maps, &daemon.config_map).await?.unwrap_or_default();
+        template = data.get(&daemon.template_key).map(|text| daemon.installer.complete(text, &data));
         if let Some(set) = set_of(&daemon.daemon_set) {
             finishing = Record::of(set);
             calico_pods = set
@@ -151,12 +153,12 @@ async fn read_all(
     })
 }
 
-async fn text_of(maps: &Api<ConfigMap>, name: &str, key: &str) -> Result<Option<String>> {
+async fn data_of(maps: &Api<ConfigMap>, name: &str) -> Result<Option<BTreeMap<String, String>>> {
     if name.is_empty() {
         return Ok(None);
     }
     let map = found(read(format!("read ConfigMap {name}"), maps.get(name)).await)?;
-    Ok(map.and_then(|map| map.data).and_then(|mut data| data.remove(key)))
+    Ok(map.and_then(|map| map.data))
 }
 
 /// flannel's configuration, or why it isn't known.
@@ -172,7 +174,8 @@ async fn net_conf(client: &Client, daemon: &FlannelDaemon) -> Result<Config> {
     let text = match &daemon.config_secret {
         None => {
             let maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-            text_of(&maps, &daemon.config_map, &daemon.config_key).await?
+            let data = data_of(&maps, &daemon.config_map).await?;
+            data.and_then(|mut data| data.remove(&daemon.config_key))
         }
         Some(name) => {
             let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);

@@ -160,7 +160,8 @@ pub struct FlannelFacts {
 pub struct CalicoFacts {
     /// File name that Calico's installer gives its config.
     pub cni_conf_name: String,
-    /// `cni_network_config` of Calico's ConfigMap: the config with its `__PLACEHOLDERS__`.
+    /// `cni_network_config` of Calico's ConfigMap: the config with those of its `__PLACEHOLDERS__` that differ from node to node. See
+    /// [`crate::template`].
     pub cni_conf_template: String,
     /// MTU of pods, in bytes.
     pub mtu: u32,

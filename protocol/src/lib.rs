@@ -118,6 +118,7 @@ pub mod keys;
 pub mod report;
 pub mod request;
 pub mod state;
+pub mod template;
 pub mod view;
 
 pub use grant::{CalicoFacts, Epoch, FlannelFacts, Goal, Grant, Strategy};

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use flannel_migration_protocol::Grant;
+use flannel_migration_protocol::template::{self, Filling};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -98,36 +99,22 @@ pub fn configs(directory: &Path) -> Result<Vec<Config>, Error> {
     Ok(configs)
 }
 
-/// Calico's config for this node, as Calico's own installer renders it (cni-plugin/pkg/install): its defaults, with the values that
-/// Calico's manifest sets.
+/// Calico's config for this node, as Calico's own installer renders it (cni-plugin/pkg/install): with its defaults, where Calico's
+/// manifest sets nothing else.
 pub fn render(grant: &Grant, node: &str) -> Result<String, Error> {
     let directory = grant.flannel.cni_conf_dir.trim_end_matches('/');
     let (host, port) = grant.calico.kube_service_address.rsplit_once(':').unwrap_or_default();
-    let mut text = grant.calico.cni_conf_template.clone();
-    for (placeholder, value) in [
-        ("__LOG_LEVEL__", "info"),
-        ("__LOG_FILE_PATH__", "/var/log/calico/cni/cni.log"),
-        ("__LOG_FILE_MAX_SIZE__", "100"),
-        ("__LOG_FILE_MAX_AGE__", "30"),
-        ("__LOG_FILE_MAX_COUNT__", "10"),
-        ("__DATASTORE_TYPE__", "kubernetes"),
-        ("__KUBERNETES_NODE_NAME__", node),
-        ("__KUBECONFIG_FILEPATH__", &format!("{directory}/calico-kubeconfig")),
-        ("__CNI_MTU__", &grant.calico.mtu.to_string()),
-        ("__KUBERNETES_SERVICE_HOST__", host.trim_matches(['[', ']'])),
-        ("__KUBERNETES_SERVICE_PORT__", port),
-        ("__ETCD_CERT_FILE__", ""),
-        ("__ETCD_CA_CERT_FILE__", ""),
-        ("__ETCD_KEY_FILE__", ""),
-        ("__ETCD_ENDPOINTS__", ""),
-        ("__ETCD_DISCOVERY_SRV__", ""),
-    ] {
-        text = text.replace(placeholder, value);
-    }
-    let left: Vec<&str> = text
-        .split(|character: char| !(character == '_' || character.is_ascii_uppercase()))
-        .filter(|word| word.len() > 4 && word.starts_with("__") && word.ends_with("__"))
-        .collect();
+    let text = template::fill(&grant.calico.cni_conf_template, |placeholder| {
+        Some(match placeholder.filling {
+            Filling::Text(text) => text.to_owned(),
+            Filling::NodeName => node.to_owned(),
+            Filling::Kubeconfig => format!("{directory}/calico-kubeconfig"),
+            Filling::Mtu => grant.calico.mtu.to_string(),
+            Filling::ServiceHost => host.trim_matches(['[', ']']).to_owned(),
+            Filling::ServicePort => port.to_owned(),
+        })
+    });
+    let left = template::unknown(&text);
     if !left.is_empty() {
         return Err(Error::Placeholders(left.join(", ")));
     }
@@ -253,10 +240,21 @@ mod tests {
         assert_eq!(text, r#"{"nodename": "n2", "mtu": 1450, "k": "/etc/cni/net.d/calico-kubeconfig"}"#);
     }
 
+    /// The config that Calico 3.32's installer has of its own uses them.
+    #[test]
+    fn what_only_newer_installers_know_gets_their_defaults() {
+        let template =
+            r#"{"require_mtu_file": __REQUIRE_MTU_FILE__, "calico_api_group": "__CALICO_API_GROUP__"}"#;
+        let text = render(&grant(template), "n2").unwrap();
+        assert_eq!(text, r#"{"require_mtu_file": false, "calico_api_group": "crd.projectcalico.org/v1"}"#);
+    }
+
     #[test]
     fn a_placeholder_nobody_fills_or_bad_json_is_refused() {
-        let error = render(&grant(r#"{"a": "__SOMETHING_NEW__"}"#), "n").unwrap_err();
-        assert!(error.to_string().contains("__SOMETHING_NEW__"));
+        for unknown in ["__SOMETHING_NEW__", "__IPV6_2__", "__SERVICEACCOUNT_TOKEN__"] {
+            let error = render(&grant(&format!(r#"{{"a": "{unknown}"}}"#)), "n").unwrap_err();
+            assert!(error.to_string().contains(unknown), "{error}");
+        }
         assert!(matches!(render(&grant("{"), "n"), Err(Error::Json(_))));
     }
 

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use flannel_migration_protocol::template::{self, Filling};
 use ipnet::IpNet;
-use regex::Regex;
 use serde_json::Value;
 
 use super::{Finding, flannel};
@@ -93,7 +93,7 @@ pub fn daemon(calico: &CalicoDaemon, template: Option<&str>, pods: i32, findings
             format!("Only Calico with the Kubernetes datastore can take over: {STOCK}"),
         ));
     }
-    if let Some(why) = template.and_then(unusable) {
+    if let Some(why) = template.and_then(|template| unusable(calico, template)) {
         findings.push(Finding::fatal(
             "CalicoManifestUnusable",
             format!("ConfigMap {}/{}", calico.daemon_set.namespace, calico.config_map),
@@ -106,11 +106,13 @@ pub fn daemon(calico: &CalicoDaemon, template: Option<&str>, pods: i32, findings
 
 /// The template as its installer would complete it, as far as its structure goes.
 fn completed(template: &str) -> Result<Value, String> {
-    // Placeholders are inside of strings or stand for numbers: a number fits both.
-    let text = match Regex::new("__[A-Z0-9]+(_[A-Z0-9]+)*__") {
-        Ok(placeholder) => placeholder.replace_all(template, "1").into_owned(),
-        Err(error) => return Err(error.to_string()),
-    };
+    let text = template::fill(template, |placeholder| {
+        Some(match placeholder.filling {
+            Filling::Text(text) => text.to_owned(),
+            // The rest is inside of strings or stands for a number: a number fits both.
+            _ => "1".to_owned(),
+        })
+    });
     serde_json::from_str(&text).map_err(|error| format!("it is no JSON ({error})"))
 }
 
@@ -127,7 +129,21 @@ fn type_of(plugin: &Value) -> Option<&str> {
 }
 
 /// Why a CNI config template can't be used.
-fn unusable(template: &str) -> Option<String> {
+fn unusable(calico: &CalicoDaemon, template: &str) -> Option<String> {
+    let unknown = template::unknown(template);
+    if !unknown.is_empty() {
+        return Some(format!("it has placeholders that agents can't fill in: {}", unknown.join(", ")));
+    }
+    let unreadable: Vec<String> = calico
+        .installer
+        .unreadable(template)
+        .iter()
+        .map(|(mark, variable)| format!("{mark} ({variable})"))
+        .collect();
+    if !unreadable.is_empty() {
+        let unreadable = unreadable.join(", ");
+        return Some(format!("variables of install-cni come from where they can't be read: {unreadable}"));
+    }
     let config = match completed(template) {
         Ok(config) => config,
         Err(why) => return Some(why),
@@ -277,8 +293,13 @@ mod tests {
     #[case(r#"{"plugins":[{"type":"calico","ipam":{"type":"host-local"}}]}"#, Some("host-local"))]
     #[case(r#"{"plugins":[{"type":"flannel"}]}"#, Some("flannel"))]
     #[case("{", Some("no JSON"))]
+    #[case(r#"{"plugins":[{"type":"calico","a":"__B_2__","ipam":{"type":"calico-ipam"}}]}"#, Some("__B_2__"))]
+    #[case(
+        r#"{"plugins":[{"type":"calico","a":__REQUIRE_MTU_FILE__,"b":"__CALICO_API_GROUP__","ipam":{"type":"calico-ipam"}}]}"#,
+        None
+    )]
     fn a_template_that_is_not_calicos_is_told(#[case] template: &str, #[case] why: Option<&str>) {
-        let told = unusable(template);
+        let told = unusable(&crate::settings::tests::settings().calico, template);
         assert_eq!(told.is_some(), why.is_some(), "{told:?}");
         assert!(why.is_none_or(|why| told.as_deref().unwrap_or_default().contains(why)), "{told:?}");
     }

@@ -152,6 +152,8 @@ pub struct CalicoDaemon {
     pub mtu_key: Option<String>,
     /// What its installer is told.
     pub installer: Installer,
+    /// The group of the definitions that it is told to keep its data in; it decides by itself without.
+    pub api_group: Option<String>,
     /// All images of its pods, each once.
     pub images: Vec<String>,
     /// Felix's health port on the host's loopback.
@@ -354,6 +356,7 @@ fn calico_daemon(of: &DaemonSet, spec: &PodSpec, node: &Container) -> Result<Cal
     images.dedup();
     Ok(CalicoDaemon {
         installer: Installer::of(installer, &config_map),
+        api_group: env(node, "CALICO_API_GROUP").filter(|group| !group.is_empty()),
         mtu_key: from_config_map("CNI_MTU").filter(|(map, _)| *map == config_map).map(|(_, key)| key),
         daemon_set,
         cni_conf_name,

@@ -28,6 +28,7 @@ pub(crate) fn detected() -> Detected {
         template_key: "cni_network_config".into(),
         mtu_key: Some("veth_mtu".into()),
         installer: Installer::default(),
+        api_group: None,
         images: vec!["cni:1".into()],
         health_port: 9099,
         waits: true,

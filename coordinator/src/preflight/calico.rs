@@ -17,6 +17,10 @@ use crate::settings::Settings;
 
 /// Where Calico's manifest is, for people.
 const STOCK: &str = "Apply Calico's stock manifests/flannel-migration/calico.yaml";
+/// How Calico gets to the group that a migration doesn't know.
+const AFTERWARDS: &str = "After the migration, Calico's own DatastoreMigration takes its data to projectcalico.org (Calico 3.32 and later)";
+/// The newer group of Calico's definitions with its version, as Calico is told it.
+const NEWER_GROUP: &str = "projectcalico.org/v3";
 /// Older ones release the blocks of nodes that still run flannel.
 const OLDEST: Version = Version(3, 23, 0);
 
@@ -41,8 +45,12 @@ pub fn definitions(datastore: &Datastore, findings: &mut Vec<Finding>) {
         findings.push(Finding::fatal(
             "CalicoDatastoreGroup",
             "CustomResourceDefinition ippools.projectcalico.org",
-            "Calico keeps its data in the group projectcalico.org, not in crd.projectcalico.org",
-            "This version knows crd.projectcalico.org only: apply a Calico manifest that uses it (before 3.32 all do)",
+            "only the group projectcalico.org is served: Calico from 3.32 on then keeps its data there, not in crd.projectcalico.org",
+            format!(
+                "A migration needs crd.projectcalico.org, which Calico takes as soon as it is there. {STOCK}: it brings these definitions, in \
+                 3.32 and later too. Before that, delete those of projectcalico.org, if they hold nothing that is needed; then restart calico-kube-controllers. \
+                 {AFTERWARDS}"
+            ),
         ));
     } else if !datastore.definitions {
         findings.push(Finding::blocking(
@@ -93,6 +101,7 @@ pub fn daemon(calico: &CalicoDaemon, template: Option<&str>, pods: i32, findings
             format!("Only Calico with the Kubernetes datastore can take over: {STOCK}"),
         ));
     }
+    newer_group(calico, template, findings);
     if let Some(why) = template.and_then(|template| unusable(calico, template)) {
         findings.push(Finding::fatal(
             "CalicoManifestUnusable",
@@ -102,6 +111,32 @@ pub fn daemon(calico: &CalicoDaemon, template: Option<&str>, pods: i32, findings
         ));
     }
     flannel::managed(&object, calico.keeper.as_ref(), findings);
+}
+
+/// Whether Calico, or its CNI plugin, is told to keep its data in the newer group, whatever is served.
+fn newer_group(calico: &CalicoDaemon, template: Option<&str>, findings: &mut Vec<Finding>) {
+    let newer = |group: &str| group.eq_ignore_ascii_case(NEWER_GROUP);
+    let plugin = || {
+        let config = completed(template?).ok()?;
+        Some(plugins(&config).first()?.get("calico_api_group")?.as_str()?.to_owned())
+    };
+    let (object, what) = if calico.api_group.as_deref().is_some_and(newer) {
+        (format!("DaemonSet {}", calico.daemon_set), "CALICO_API_GROUP in container calico-node")
+    } else if plugin().as_deref().is_some_and(newer) {
+        let object = format!("ConfigMap {}/{}", calico.daemon_set.namespace, calico.config_map);
+        (object, "calico_api_group in Calico's CNI config")
+    } else {
+        return;
+    };
+    findings.push(Finding::fatal(
+        "CalicoDatastoreGroup",
+        object,
+        format!("{what} is {NEWER_GROUP}, so that Calico keeps its data in projectcalico.org, not in crd.projectcalico.org"),
+        format!(
+            "Take CALICO_API_GROUP out of Calico's DaemonSet and calico_api_group out of its CNI config: it then uses \
+             crd.projectcalico.org, which a migration needs and which Calico's stock manifests bring. {AFTERWARDS}"
+        ),
+    ));
 }
 
 /// The template as its installer would complete it, as far as its structure goes.

@@ -100,9 +100,16 @@ async fn without(
     Ok(without)
 }
 
-/// An image's name as kubelets report it: with registry and tag.
+/// An image's name as kubelets report it: with registry, and with tag or digest. Where both are stated the digest decides, and the tag isn't
+/// reported.
 #[must_use]
 pub fn full_name(image: &str) -> String {
+    let pinned = image.split_once('@').map(|(name, digest)| {
+        let start = name.rfind('/').map_or(0, |slash| slash + 1);
+        let tag = name.get(start..).and_then(|last| last.find(':')).map_or(name.len(), |colon| start + colon);
+        format!("{}@{digest}", name.get(..tag).unwrap_or(name))
+    });
+    let image = pinned.as_deref().unwrap_or(image);
     let (first, rest) = image.split_once('/').unwrap_or(("", image));
     let registry = first.contains(['.', ':']) || first == "localhost";
     let name = match (registry, first.is_empty()) {
@@ -298,6 +305,9 @@ mod tests {
     #[case("docker.io/calico/cni:v3.28.5", "docker.io/calico/cni:v3.28.5")]
     #[case("localhost:5000/x", "localhost:5000/x:latest")]
     #[case("quay.io/a/b@sha256:00", "quay.io/a/b@sha256:00")]
+    #[case("quay.io/a/b:v1@sha256:00", "quay.io/a/b@sha256:00")]
+    #[case("localhost:5000/b:v1@sha256:00", "localhost:5000/b@sha256:00")]
+    #[case("calico/node:v3.32.1@sha256:00", "docker.io/calico/node@sha256:00")]
     fn names_are_made_full_as_kubelets_report_them(#[case] image: &str, #[case] full: &str) {
         assert_eq!(full_name(image), full);
     }

@@ -14,11 +14,13 @@ impl fmt::Display for Version {
     }
 }
 
-/// The version in an image's tag, whatever follows it (`-amd64`, `-build20250101`); none in a tag like `latest`, or without a tag.
+/// The version in an image's tag, whatever follows it (`-amd64`, `-build20250101`), also that of a branch (`release-v3.33`); none in a tag
+/// like `latest`, or without a tag.
 #[must_use]
 pub fn version_of(image: &str) -> Option<Version> {
     let name = image.split('@').next()?.rsplit('/').next()?;
     let tag = name.split_once(':')?.1;
+    let tag = tag.strip_prefix("release-").unwrap_or(tag);
     let mut numbers = tag.trim_start_matches('v').splitn(3, '.');
     let digits = |text: &str| {
         let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -73,7 +75,9 @@ mod tests {
     #[case("quay.io/coreos/flannel:v0.9.0-amd64", Some("0.9.0"))]
     #[case("rancher/hardened-flannel:v0.26.4-build20250218", Some("0.26.4"))]
     #[case("localhost:5000/flannel:0.14@sha256:00", Some("0.14.0"))]
+    #[case("quay.io/calico/node:release-v3.33", Some("3.33.0"))]
     #[case("flannel@sha256:00", None)]
+    #[case("quay.io/calico/calico:master", None)]
     #[case("localhost:5000/flannel", None)]
     #[case("flannel:latest", None)]
     #[case("flannel:v1", None)]

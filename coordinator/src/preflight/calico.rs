@@ -192,17 +192,20 @@ fn unusable(calico: &CalicoDaemon, template: &str) -> Option<String> {
     (ipam != "calico-ipam").then(|| format!("its IPAM is {ipam}, not calico-ipam"))
 }
 
-/// The plugins that a template names and Calico's installer doesn't bring.
+/// The plugins that a template names and the installer of this version of Calico doesn't bring.
 #[must_use]
-pub fn foreign_plugins(template: &str) -> Vec<String> {
-    const BROUGHT: [&str; 8] =
-        ["bandwidth", "calico", "calico-ipam", "flannel", "host-local", "loopback", "portmap", "tuning"];
+pub fn foreign_plugins(template: &str, version: Option<Version>) -> Vec<String> {
+    const BROUGHT: [&str; 7] =
+        ["calico", "calico-ipam", "flannel", "host-local", "loopback", "portmap", "tuning"];
+    // Since then Calico limits bandwidth by itself.
+    let bandwidth = version.is_none_or(|version| version < Version(3, 30, 0));
     let Ok(config) = completed(template) else { return Vec::new() };
+    let brought = |name: &str| BROUGHT.contains(&name) || bandwidth && name == "bandwidth";
     plugins(&config)
         .into_iter()
         .flat_map(|plugin| [type_of(plugin), plugin.get("ipam").and_then(type_of)])
         .flatten()
-        .filter(|name| !BROUGHT.contains(name))
+        .filter(|name| !brought(name))
         .map(str::to_owned)
         .collect()
 }
@@ -355,7 +358,9 @@ mod tests {
 
     #[test]
     fn only_plugins_that_calico_does_not_bring_must_be_there() {
-        let template = r#"{"plugins":[{"type":"calico","mtu":__CNI_MTU__,"ipam":{"type":"calico-ipam"}},{"type":"portmap"},{"type":"sbr"}]}"#;
-        assert_eq!(foreign_plugins(template), ["sbr"]);
+        let template = r#"{"plugins":[{"type":"calico","mtu":__CNI_MTU__,"ipam":{"type":"calico-ipam"}},{"type":"portmap"},{"type":"sbr"},{"type":"bandwidth"}]}"#;
+        assert_eq!(foreign_plugins(template, Some(Version(3, 29, 7))), ["sbr"]);
+        assert_eq!(foreign_plugins(template, None), ["sbr"]);
+        assert_eq!(foreign_plugins(template, Some(Version(3, 30, 0))), ["sbr", "bandwidth"]);
     }
 }

@@ -23,7 +23,7 @@ pub fn untouched(node: &NodeFacts) -> bool {
 /// About all nodes that run Linux. `agents`: their DaemonSet is there.
 pub fn all(settings: &Settings, nodes: &[Arc<NodeFacts>], agents: bool, findings: &mut Vec<Finding>) {
     let networks = settings.networks();
-    let plugins = calico::foreign_plugins(&settings.calico_facts.cni_conf_template);
+    let plugins = calico::foreign_plugins(&settings.calico_facts.cni_conf_template, settings.calico.version);
     for node in nodes {
         let object = format!("Node {}", node.name);
         // A node that the migration has labelled was prepared; what it needs then is the roll's business.

@@ -123,7 +123,7 @@ proptest! {
 
     #[test]
     fn a_cni_template_of_any_text_is_judged(template in text()) {
-        prop_assert!(calico::foreign_plugins(&template).is_empty());
+        prop_assert!(calico::foreign_plugins(&template, None).is_empty());
         let mut findings = Vec::new();
         calico::daemon(&settings::tests::settings().calico, Some(&template), 0, &mut findings);
         prop_assert!(findings.iter().all(|finding| finding.reason == "CalicoManifestUnusable"));

@@ -227,9 +227,7 @@ impl Stack {
         if let Some((module, files)) = self.manifests {
             let manifests = directory.join("manifests");
             fs::create_dir_all(&manifests)?;
-            let mut list = Command::new(requirements::go()?);
-            list.current_dir(&source).args(["list", "-mod=readonly", "-m", "-f", "{{.Dir}}", module]);
-            let module = PathBuf::from(run::output(&mut list)?.trim());
+            let module = module_directory(&source, module)?;
             for file in files {
                 let name = Path::new(file).file_name().context("a manifest without a name")?;
                 fs::copy(module.join(file), manifests.join(name)).with_context(|| format!("no {file}"))?;
@@ -247,6 +245,58 @@ impl Stack {
         }
         Ok(go)
     }
+}
+
+/// Where Go keeps the module, which it fetches if it has to.
+fn module_directory(source: &Path, module: &str) -> Result<PathBuf> {
+    let mut download = Command::new(requirements::go()?);
+    download.current_dir(source).args(["mod", "download", "-json", module]);
+    let told: serde_json::Value = serde_json::from_str(&run::output(&mut download)?)?;
+    let directory = told.get("Dir").and_then(serde_json::Value::as_str);
+    directory.map(PathBuf::from).with_context(|| format!("Go has no module {module}"))
+}
+
+/// The text of a stack's stock manifest, without building its programs: what only reads manifests needs none of them.
+pub fn stock_manifest(stack: &str, name: &str) -> Result<String> {
+    let stack =
+        STACKS.iter().find(|known| known.name == stack).with_context(|| format!("no stack {stack}"))?;
+    let path = if is_built(stack) {
+        cache::root().join(format!("{}-{}", kind(stack), key(stack))).join("manifests").join(name)
+    } else {
+        let source = tempfile::tempdir()?;
+        fs::write(source.path().join("go.mod"), stack.go_mod)?;
+        fs::write(source.path().join("go.sum"), stack.go_sum)?;
+        let (module, files) = stack.manifests.with_context(|| format!("no manifests of {}", stack.name))?;
+        let file = files.iter().find(|file| Path::new(file).file_name().is_some_and(|last| last == name));
+        module_directory(source.path(), module)?.join(file.with_context(|| format!("no manifest {name}"))?)
+    };
+    fs::read_to_string(&path).with_context(|| format!("can't read the stock manifest {}", path.display()))
+}
+
+/// The variable that names a folder with archives of other versions' sources and manifests (`calico*.tar.xz`).
+pub const SOURCES: &str = "PARTS_SOURCES";
+
+/// Unpacks the YAML files of the archives of Calico that somebody has laid ready, each archive into a directory of its own below
+/// `directory`; `None` without [`SOURCES`].
+pub fn unpack_calicos(directory: &Path) -> Result<Option<Vec<PathBuf>>> {
+    let Some(sources) = std::env::var_os(SOURCES).filter(|value| !value.is_empty()) else { return Ok(None) };
+    let sources = PathBuf::from(sources);
+    let mut archives = Vec::new();
+    for entry in fs::read_dir(&sources).with_context(|| format!("{SOURCES}={}", sources.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("calico") && name.ends_with(".tar.xz") {
+            let target = directory.join(name.trim_end_matches(".tar.xz"));
+            fs::create_dir_all(&target)?;
+            let mut tar = Command::new("tar");
+            tar.arg("-xJf").arg(&path).arg("-C").arg(&target).args(["--wildcards", "*.yaml"]);
+            run::output(&mut tar)?;
+            archives.push(target);
+        }
+    }
+    ensure!(!archives.is_empty(), "{SOURCES}={}: no calico*.tar.xz is there", sources.display());
+    archives.sort();
+    Ok(Some(archives))
 }
 
 #[cfg(test)]

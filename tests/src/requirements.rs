@@ -31,6 +31,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("mount", "mount"),
     ("gcc", "gcc"),
     ("shellcheck", "shellcheck"),
+    ("tar", "tar"),
+    ("xz", "xz-utils"),
 ];
 
 /// Where Debian puts programs; root's PATH may lack the sbin directories.

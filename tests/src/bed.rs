@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    cache,
+    cache, debian,
     images::{self, Images},
     parts::{self, Parts},
     requirements, run,
@@ -75,7 +75,7 @@ impl Bed {
     ///
     /// What was begun stays when this fails, so that it can be looked at; [`teardown::down`] removes it.
     pub fn up(name: &str, shape: Shape, testbed: &Path) -> Result<Self> {
-        let (bed, mut progress) = Self::begin(name, shape, testbed, true)?;
+        let (bed, progress) = Self::begin(name, shape, testbed, true)?;
         progress.step(&format!("{} nodes", bed.nodes.len()));
         // Side by side: most of a node's start is waiting.
         std::thread::scope(|scope| {
@@ -106,10 +106,12 @@ impl Bed {
     fn begin(name: &str, shape: Shape, testbed: &Path, with_nodes: bool) -> Result<(Self, Progress)> {
         shape::check_name("test bed name", name)?;
         shape.check()?;
+        // What can't be had is said before anything is installed.
+        shape.versions.resolve()?;
         requirements::ensure()?;
-        let parts = parts::build()?;
+        let parts = parts::build(&shape.versions)?;
         let images = images::build(&parts)?;
-        let mut progress = Progress::new(format!("testbed {name}"), if with_nodes { 5 } else { 2 });
+        let progress = Progress::new(format!("testbed {name}"), if with_nodes { 5 } else { 2 });
         progress.step("networks");
         let mut bed = Self::reserve(name, shape, parts, images)?;
         if !with_nodes {
@@ -134,7 +136,7 @@ impl Bed {
         };
         let record: Record =
             serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
-        let parts = parts::build()?;
+        let parts = parts::build(&record.shape.versions)?;
         let images = images::build(&parts)?;
         let plan = Plan { bed: name.to_owned(), index: record.index };
         Ok(Self { plan, shape: record.shape, nodes: record.nodes, parts, images })
@@ -239,6 +241,14 @@ impl Bed {
         run::output(&mut self.exec_command(node, args)?)
     }
 
+    /// Runs a shell script in all namespaces of a node and returns what it prints. Its `nft` is that of the images: the
+    /// machine's own may be older than what wrote the tables, and then can crash on them.
+    pub fn shell(&self, node: &str, script: &str) -> Result<String> {
+        let root = debian::base_directory()?;
+        let script = format!("nft() {{ chroot {} nft \"$@\"; }}\n{script}", root.display());
+        self.exec(node, &["sh", "-c", &script])
+    }
+
     /// Imports an image archive into the containerd of every node.
     pub fn load_image(&self, archive: &Path) -> Result<()> {
         ensure!(archive.is_file(), "no image archive {}", archive.display());
@@ -256,8 +266,8 @@ impl Bed {
 
     /// Imports an image archive into the containerd of one node.
     pub fn load_image_on(&self, node: &str, archive: &Path) -> Result<()> {
-        let socket = node::root(self, node)?.join("run/containerd/containerd.sock");
-        let mut command = containerd::ctr(&socket, &["images", "import", "--snapshotter", "overlayfs"]);
+        let containerd = node::containerd(self, node)?;
+        let mut command = containerd.ctr(&["images", "import", "--snapshotter", "overlayfs"]);
         run::output(command.arg(archive)).map(drop)
     }
 

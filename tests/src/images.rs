@@ -14,18 +14,15 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{bed::containerd::Containerd, cache, parts::Parts, run, say::Progress};
+use crate::{bed::containerd::Containerd, cache, debian, parts::Parts, run, say::Progress};
 
+pub use debian::slim;
 pub use peer::peer;
 pub use project::{Product, Size, coordinator, echo, product, shipped, sizes};
 pub use stock::PAUSE;
 
-/// What goes into the base that stands in for the official images' Debian.
-const BASE_PACKAGES: &str =
-    "iptables,nftables,iproute2,ipset,kmod,conntrack,procps,iputils-ping,netbase,ca-certificates";
-
-/// Debian's release of the stand-in base.
-const BASE_SUITE: &str = "trixie";
+/// The name of the base that the Dockerfile builds on.
+pub const DEBIAN: &str = "docker.io/library/debian:trixie-slim";
 
 /// The finished base and store.
 #[derive(Debug, Clone)]
@@ -38,22 +35,26 @@ pub struct Images {
 
 /// Makes what isn't in the cache yet.
 pub fn build(parts: &Parts) -> Result<Images> {
-    let base = base()?;
-    let recipe = stock::recipe(parts)?;
-    let key = cache::key([parts.key().as_bytes(), format!("{}{recipe:?}", base.display()).as_bytes()]);
-    let store = cache::entry("images", &key, |directory| {
-        let mut progress = Progress::new("images", 2);
+    let base = debian::base()?;
+    let recipes = stock::recipes(parts)?;
+    let made_of = parts.key(&["calico", "containerd", "cni-plugins", "flannel", "flannel-cni"]);
+    let key = cache::key([made_of.as_bytes(), format!("{}{recipes:?}", base.display()).as_bytes()]);
+    // One store for each pair of networks, beside each other.
+    let versions = &parts.versions;
+    let kind = format!("images-{}-{}", versions.calico, versions.flannel);
+    let store = cache::entry(&kind, &key, |directory| {
+        let progress = Progress::new("images", 2);
         progress.step("writing the stock images' layers");
         let layers = directory.join("layers");
         fs::create_dir_all(&layers)?;
         let archive = directory.join("images.tar");
-        archive::write(&archive, &stock::images(&layers, &base, &recipe)?)?;
+        archive::write(&archive, &stock::images(&layers, &base, &recipes)?)?;
         progress.step("unpacking them into a containerd store");
         let store = directory.join("store");
         if store.exists() {
             fs::remove_dir_all(&store)?;
         }
-        import(directory, &store, &archive)?;
+        import(parts, &store, &archive)?;
         fs::remove_file(&archive)?;
         fs::remove_dir_all(&layers)?;
         progress.done("stock images ready");
@@ -82,56 +83,18 @@ pub fn link_store(store: &Path, root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The tar of the stand-in base.
-fn base() -> Result<PathBuf> {
-    debian("base", BASE_PACKAGES, &[])
-}
-
-/// The tar of a base that holds what the official slim one does, and nothing that the images need beyond it.
-pub fn slim() -> Result<PathBuf> {
-    debian("slim", "", &["--customize-hook=rm -f \"$1\"/var/cache/apt/*.bin"])
-}
-
-fn debian(name: &str, packages: &str, hooks: &[&str]) -> Result<PathBuf> {
-    let parts = [packages, BASE_SUITE, "2"].into_iter().chain(hooks.iter().copied());
-    let key = cache::key(parts.map(str::as_bytes));
-    let directory = cache::entry(name, &key, |directory| {
-        eprintln!("images: installing a stand-in for the official Debian base (about a minute)");
-        let tar = directory.join("base.tar");
-        let include = format!("--include={packages}");
-        let mut arguments = vec!["--variant=minbase", "--mode=root", "--quiet"];
-        if !packages.is_empty() {
-            arguments.push(&include);
-        }
-        arguments.extend(hooks);
-        for drop in ["doc/*", "man/*", "locale/*", "info/*"] {
-            arguments.push(match drop {
-                "doc/*" => "--dpkgopt=path-exclude=/usr/share/doc/*",
-                "man/*" => "--dpkgopt=path-exclude=/usr/share/man/*",
-                "locale/*" => "--dpkgopt=path-exclude=/usr/share/locale/*",
-                _ => "--dpkgopt=path-exclude=/usr/share/info/*",
-            });
-        }
-        // As the official images: without these, every later apt run leaves its binary caches in its layer.
-        arguments.push("--customize-hook=printf 'Dir::Cache::pkgcache \"\";\\nDir::Cache::srcpkgcache \"\";\\n' > \"$1/etc/apt/apt.conf.d/docker-clean\"");
-        arguments.push("--customize-hook=rm -rf \"$1\"/var/lib/apt/lists/*");
-        let tar_text = tar.display().to_string();
-        arguments.extend([BASE_SUITE, tar_text.as_str()]);
-        run::output(&mut run::command("mmdebstrap", &arguments)).map(drop)
-    })?;
-    Ok(directory.join("base.tar"))
-}
-
 /// Imports `archive` into a containerd store of its own at `store`.
-fn import(directory: &Path, store: &Path, archive: &Path) -> Result<()> {
-    let run = tempfile::Builder::new().prefix("run-").tempdir_in(directory)?;
-    let containerd = Containerd { root: store.to_owned(), state: run.path().join("state") };
+fn import(parts: &Parts, store: &Path, archive: &Path) -> Result<()> {
+    // Not below the cache: the path of a socket has 104 characters at the most.
+    let run = tempfile::Builder::new().prefix("fm-").tempdir()?;
+    let containerd = Containerd::new(parts, store, &run.path().join("state"))?;
     let config = run.path().join("config.toml");
     fs::write(&config, containerd.config_without_cri())?;
     // A mount namespace of its own: what unpacking mounts never shows on the machine.
-    let mut command =
-        run::command("unshare", &["--mount", "--propagation", "private", "containerd", "--config"]);
-    let log = fs::File::create(run.path().join("log"))?;
+    let mut command = run::command("unshare", &["--mount", "--propagation", "private"]);
+    command.arg(&containerd.program).arg("--config");
+    let log_path = run.path().join("log");
+    let log = fs::File::create(&log_path)?;
     let mut child = command
         .arg(&config)
         .stdout(log.try_clone()?)
@@ -140,6 +103,10 @@ fn import(directory: &Path, store: &Path, archive: &Path) -> Result<()> {
         .context("can't start containerd")?;
     let imported = run::wait_for("containerd answers", Duration::from_mins(1), || {
         run::output(&mut containerd.ctr(&["version"])).map(|_| true)
+    })
+    .with_context(|| {
+        let log = fs::read_to_string(&log_path).unwrap_or_default();
+        format!("containerd said last: {}", log.lines().next_back().unwrap_or_default())
     })
     .and_then(|()| {
         // Unpacking must happen in containerd itself: ctr's own mounts would be outside its namespace.

@@ -2,14 +2,11 @@
 
 pub mod bed;
 pub mod bench;
-pub mod cache;
 pub mod images;
 pub mod migration;
-pub mod parts;
 pub mod probe;
 pub mod promtool;
-pub mod requirements;
-pub mod run;
-pub mod say;
 pub mod scratch;
 pub mod shape;
+
+pub use flannel_migration_parts::{self as parts, cache, debian, programs, requirements, run, say};

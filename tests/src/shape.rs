@@ -6,6 +6,8 @@ use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use crate::parts::Versions;
+
 /// The whole shape. `Shape::default()` is what flannel's stock manifest gives: three nodes, 10.244.0.0/16.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
@@ -25,6 +27,10 @@ pub struct Shape {
     pub rules: Rules,
     /// IPv6 beside IPv4: `fd00:10:244::/56` with a /64 per node.
     pub dual_stack: bool,
+    /// How Services are done.
+    pub kube_proxy: KubeProxy,
+    /// Of what the cluster is made.
+    pub versions: Versions,
 }
 
 /// One node.
@@ -72,6 +78,27 @@ pub enum Rules {
     Nftables,
 }
 
+/// kube-proxy's mode. From Calico 3.32 on, Felix follows it by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum KubeProxy {
+    /// iptables, as installers set it up unless told otherwise.
+    Iptables,
+    /// nftables: stable since Kubernetes 1.33.
+    Nftables,
+}
+
+impl KubeProxy {
+    /// As kube-proxy's configuration says it.
+    #[must_use]
+    pub fn mode(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        }
+    }
+}
+
 impl Default for Shape {
     fn default() -> Self {
         Self {
@@ -83,6 +110,8 @@ impl Default for Shape {
             layout: Layout::Current,
             rules: Rules::Iptables,
             dual_stack: false,
+            kube_proxy: KubeProxy::Iptables,
+            versions: Versions::default(),
         }
     }
 }
@@ -122,6 +151,11 @@ impl Shape {
         );
         ensure!(self.vni < 1 << 24, "VNI {}: has 24 bits", self.vni);
         ensure!(self.port > 0, "port: must not be 0");
+        ensure!(
+            self.kube_proxy == KubeProxy::Iptables || self.versions.kubernetes_minor() >= 31,
+            "kube-proxy nftables: Kubernetes {} has it behind a feature gate; v1.31 and later have it by themselves",
+            self.versions.kubernetes
+        );
         if self.layout == Layout::Canal {
             ensure!(self.rules == Rules::Iptables, "canal: its manifest runs flannel with iptables only");
             ensure!(!self.dual_stack, "canal: its manifest is IPv4 only");

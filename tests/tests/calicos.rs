@@ -60,7 +60,7 @@ fn calicos() -> Vec<Calico> {
 
 /// The first is the test bed's.
 fn read_all() -> Vec<Calico> {
-    let stock = |name| documents(&parts::stock_manifest("calico", name).unwrap());
+    let stock = |name| documents(&parts::manifests::stock(&parts::stacks::CALICO, name).unwrap());
     let mut all = vec![Calico {
         name: "the test bed's".to_owned(),
         migration: stock("calico.yaml"),
@@ -69,14 +69,14 @@ fn read_all() -> Vec<Calico> {
         newer: Vec::new(),
     }];
     let directory = TempDir::new().unwrap();
-    let Some(archives) = parts::unpack_calicos(directory.path()).unwrap() else {
-        say(&format!("manifests of other Calicos were NOT read: {} isn't set", parts::SOURCES));
+    let Some(archives) = parts::manifests::unpack_calicos(directory.path()).unwrap() else {
+        say(&format!("manifests of other Calicos were NOT read: {} isn't set", parts::sources::VARIABLE));
         return all;
     };
     for root in archives.iter().flat_map(|archive| directories(archive)) {
         all.extend(version(directory.path(), &root));
     }
-    assert!(all.len() > 1, "{}: no archive has manifests of Calico", parts::SOURCES);
+    assert!(all.len() > 1, "{}: no archive has manifests of Calico", parts::sources::VARIABLE);
     let names: Vec<&str> = all.iter().map(|calico| calico.name.as_str()).collect();
     say(&format!("read were the manifests of {}", names.join(", ")));
     all

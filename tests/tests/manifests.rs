@@ -21,7 +21,8 @@ fn source() -> PathBuf {
 }
 
 fn kustomized(directory: &str) -> Vec<Value> {
-    let kubectl = parts::build().unwrap().program("kubernetes", "kubectl").unwrap();
+    let kubectl =
+        parts::build(&parts::Versions::default()).unwrap().program("kubernetes", "kubectl").unwrap();
     let directory = source().join(directory);
     let text = run::output(&mut run::command(
         kubectl.to_str().unwrap(),
@@ -161,7 +162,7 @@ fn every_alert_has_a_section_of_the_runbook_and_every_section_an_alert() {
 
 #[test]
 fn images_are_small() {
-    let images = images::build(&parts::build().unwrap()).unwrap();
+    let images = images::build(&parts::build(&parts::Versions::default()).unwrap()).unwrap();
     let product = images::product(&images.base).unwrap();
     let compressed = |file: &Path| -> f64 {
         let script = "gzip -c \"$0\" | wc -c";

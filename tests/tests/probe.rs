@@ -16,9 +16,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use flannel_migration_tests::probe::ledger::Cause;
 use flannel_migration_tests::probe::netns::{Here, Netns};
 use flannel_migration_tests::probe::{Endpoint, Flow, Kind, Meter, Method, Options, Place, Report, Slot};
+use flannel_migration_tests::{probe::ledger::Cause, programs};
 
 const INTERVAL: Duration = Duration::from_millis(10);
 
@@ -89,10 +89,9 @@ impl Lan {
     }
 
     fn echo(&self, host: &str) -> Echo {
-        let child = Command::new("ip")
-            .args(["netns", "exec", &self.netns(host), env!("CARGO_BIN_EXE_echo")])
-            .spawn()
-            .unwrap();
+        let echo = programs::build(programs::BED, &["echo"]).unwrap().join("echo");
+        let mut command = Command::new("ip");
+        let child = command.args(["netns", "exec", &self.netns(host)]).arg(echo).spawn().unwrap();
         let echo = Echo(child);
         let http = SocketAddr::new(address(host), 8080);
         self.within(host, move || while TcpStream::connect(http).is_err() {});

@@ -16,7 +16,7 @@ use std::{
 };
 
 use flannel_migration_tests::{
-    bed::{Bed, control, teardown},
+    bed::{self, Bed, control, teardown},
     probe::{Kind, Options, Prober, Report, Workloads, deploy_to},
     run,
     scratch::{Machine, Scratch},
@@ -106,7 +106,7 @@ fn two_beds_of_unusual_shapes_come_up_at_once_and_leave_each_other_alone() {
         port: 4789,
         layout: Layout::Older,
         rules: Rules::Legacy,
-        dual_stack: false,
+        ..Shape::default()
     };
     let new = Shape { rules: Rules::Nftables, dual_stack: true, ..two_nodes() };
     // Built before, so that the two don't wait for each other's build.
@@ -244,4 +244,25 @@ fn a_name_that_is_taken_and_a_disk_that_is_full_are_refused() {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && text.contains("no room"), "{text}");
+}
+
+#[test]
+fn a_version_that_cannot_be_had_is_refused_in_one_line_before_anything_is_made() {
+    for (option, version, there) in [
+        ("--calico", "v9.9.9", "v3.28.5"),
+        ("--kubernetes", "1.12.0", "v1.37.2"),
+        ("--flannel", "v0.1.0", "v0.28.10"),
+        ("--containerd", "v1.6.0", "v2.4.2"),
+    ] {
+        let output =
+            std::process::Command::new(TESTBED).args(["--name", "t-never", "up", option, version]).output();
+        let output = output.unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        for word in [version, there, "--source", "PARTS_SOURCES"] {
+            assert!(said.contains(word), "no {word} in: {said}");
+        }
+        assert!(!bed::names().unwrap().contains(&"t-never".to_owned()), "{option}");
+    }
 }

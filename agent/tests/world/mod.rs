@@ -336,7 +336,8 @@ impl World {
         };
         put("link", format!("ip -n {node} -o link | sed 's/qlen [0-9]*//'"));
         put("device", format!("ip -n {node} -j -d link show flannel.1"));
-        put("ports", format!("bridge -n {node} -d link show"));
+        // Newer tools also print a count that goes on by itself.
+        put("ports", format!("bridge -n {node} -d link show | sed 's/ mcast_n_groups [0-9]*//'"));
         put("address", format!("ip -n {node} -j -4 address | sed 's/\"operstate\":\"[A-Z]*\",//g'"));
         put("route", format!("ip -n {node} -j route"));
         put("neighbour", format!("ip -n {node} neigh show nud permanent"));

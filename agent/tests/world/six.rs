@@ -79,8 +79,10 @@ pub fn snapshot(node: &str, pods: &[Pod]) -> Vec<(String, String)> {
         ("device of IPv6".to_owned(), format!("ip -n {node} -j -d link show flannel-v6.1")),
         (
             "addresses of IPv6".to_owned(),
-            // The kernel doesn't ask around for what it is given back.
-            format!("ip -n {node} -6 -o address | sed '/flannel-v6.1 .*fe80/s/ nodad//' | sort"),
+            // The kernel doesn't ask around for what it is given back, nor claim, as newer tools print, to have made it.
+            format!(
+                "ip -n {node} -6 -o address | sed '/flannel-v6.1 .*fe80/{{s/ nodad//;s/ proto kernel_ll//}}' | sort"
+            ),
         ),
         ("routes of IPv6".to_owned(), format!("ip -n {node} -6 route | sort")),
         (

@@ -12,8 +12,8 @@ use crate::{
 /// The manifest's objects, as flannel's or Canal's users would apply them for this shape.
 pub fn manifest(parts: &Parts, shape: &Shape) -> Result<Vec<Value>> {
     match shape.layout {
-        Layout::Current => flannel(&parts.manifest("flannel", "kube-flannel.yml")?, shape),
-        Layout::Older => Ok(older(flannel(&parts.manifest("flannel", "kube-flannel.yml")?, shape)?)),
+        Layout::Current => flannel(parts, shape),
+        Layout::Older => Ok(older(flannel(parts, shape)?)),
         Layout::Canal => canal(&parts.manifest("calico", "canal.yaml")?, shape),
         Layout::Calico => calico(&parts.manifest("calico", "calico-vxlan.yaml")?, shape),
     }
@@ -36,14 +36,16 @@ pub fn documents(text: &str) -> Result<Vec<Value>> {
     Ok(documents.into_iter().filter(Value::is_object).collect())
 }
 
-fn flannel(stock: &str, shape: &Shape) -> Result<Vec<Value>> {
-    let mut objects = documents(stock)?;
+fn flannel(parts: &Parts, shape: &Shape) -> Result<Vec<Value>> {
+    let mut objects = documents(&parts.manifest("flannel", "kube-flannel.yml")?)?;
     let config = find(&mut objects, "ConfigMap")?;
-    edit_json(config, "/data/cni-conf.json", |cni| {
-        // The only flannel plugin that the Go module proxy serves speaks up to 0.4.0; until v0.28.9 flannel's
-        // manifests said 0.3.1.
-        cni.insert("cniVersion".to_owned(), json!("0.3.1"));
-    })?;
+    if !shape.versions.plugin_of_today() {
+        edit_json(config, "/data/cni-conf.json", |cni| {
+            // The only flannel plugin that the Go module proxy serves speaks up to 0.4.0; until v0.28.9 flannel's
+            // manifests said 0.3.1.
+            cni.insert("cniVersion".to_owned(), json!("0.3.1"));
+        })?;
+    }
     edit_json(config, "/data/net-conf.json", |net| network(net, shape))?;
     if shape.rules == Rules::Legacy {
         let daemonset = find(&mut objects, "DaemonSet")?;

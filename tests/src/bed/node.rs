@@ -14,7 +14,7 @@ use serde_json::json;
 use super::{
     Bed, NodeRecord,
     cgroup::Cgroup,
-    containerd::{self, Containerd},
+    containerd::Containerd,
     daemon::{Daemon, Place},
     layout::POD_CIDR_V6,
     net, secrets,
@@ -80,13 +80,11 @@ pub fn start_programs(bed: &Bed, node: &NodeRecord) -> Result<()> {
     let holder = holder(bed, name)?;
     let configuration = |file: &str| bed.plan.node_directory(name).join(file).display().to_string();
     let kubeconfig = bed.plan.kubeconfig_inside(name).display().to_string();
-    daemon(bed, name, "containerd", holder).start(
-        Path::new("/usr/bin/containerd"),
-        &["--config".to_owned(), configuration("containerd.toml")],
-    )?;
-    let socket = root(bed, name)?.join("run/containerd/containerd.sock");
+    let containerd = containerd(bed, name)?;
+    daemon(bed, name, "containerd", holder)
+        .start(&containerd.program, &["--config".to_owned(), configuration("containerd.toml")])?;
     run::wait_for(&format!("containerd of {name} answers"), Duration::from_secs(30), || {
-        run::output(&mut containerd::ctr(&socket, &["version"])).map(|_| true)
+        run::output(&mut containerd.ctr(&["version"])).map(|_| true)
     })?;
     daemon(bed, name, "kube-proxy", holder)
         .start(&bed.program("kube-proxy")?, &[format!("--config={}", configuration("kube-proxy.json"))])?;
@@ -111,6 +109,12 @@ pub fn stop(bed: &Bed, name: &str) -> Result<()> {
 /// The process that holds the node's namespaces open.
 pub fn holder(bed: &Bed, name: &str) -> Result<Pid> {
     daemon(bed, name, "holder", Pid::this()).pid().with_context(|| format!("the node {name} isn't running"))
+}
+
+/// The node's containerd, as seen from the machine.
+pub fn containerd(bed: &Bed, name: &str) -> Result<Containerd> {
+    let root = root(bed, name)?;
+    Containerd::new(&bed.parts, &root.join("var/lib/containerd"), &root.join("run/containerd"))
 }
 
 /// The node's file system, as seen from the machine.
@@ -149,7 +153,8 @@ fn node_addresses(bed: &Bed, node: &NodeRecord) -> String {
 
 fn configure(bed: &Bed, node: &NodeRecord) -> Result<()> {
     let directory = bed.plan.node_directory(&node.shape.name);
-    let containerd = Containerd { root: "/var/lib/containerd".into(), state: "/run/containerd".into() };
+    let containerd =
+        Containerd::new(&bed.parts, Path::new("/var/lib/containerd"), Path::new("/run/containerd"))?;
     fs::write(directory.join("containerd.toml"), containerd.config(PAUSE))?;
     let kubelet = json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -184,8 +189,9 @@ fn configure(bed: &Bed, node: &NodeRecord) -> Result<()> {
         "clientConnection": { "kubeconfig": bed.plan.kubeconfig_inside("proxy") },
         "clusterCIDR": pods,
         "hostnameOverride": node.shape.name,
-        "mode": "iptables",
+        "mode": bed.shape.kube_proxy.mode(),
         "iptables": { "minSyncPeriod": "0s" },
+        "nftables": { "minSyncPeriod": "0s" },
         // These belong to the machine's own network namespace and can't be set from another.
         "conntrack": {
             "maxPerCore": 0, "min": 0,
@@ -201,7 +207,7 @@ fn install_cni_plugins(bed: &Bed, node: &NodeRecord) -> Result<()> {
     let root = root(bed, &node.shape.name)?;
     fs::create_dir_all(root.join("etc/kubernetes/manifests"))?;
     for plugin in ["bandwidth", "bridge", "host-local", "loopback", "portmap", "tuning"] {
-        fs::copy(bed.parts.program("cni", plugin)?, root.join("opt/cni/bin").join(plugin))?;
+        fs::copy(bed.parts.program("cni-plugins", plugin)?, root.join("opt/cni/bin").join(plugin))?;
     }
     Ok(())
 }

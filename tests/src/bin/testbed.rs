@@ -1,6 +1,7 @@
 //! `hack/testbed`: a real cluster on one machine, from the command line.
 
 use std::{
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     time::Duration,
@@ -12,8 +13,13 @@ use flannel_migration_tests::{
     bed::{self, Bed, control, forward, node, teardown},
     images,
     migration::{self, Outcome, Request},
-    parts, probe, requirements,
-    shape::{Cidr, Layout, NodeShape, Rules, Shape},
+    parts::{
+        self, VersionArgs, Versions,
+        sources::{self, Origin},
+        stacks,
+    },
+    probe, requirements,
+    shape::{Cidr, KubeProxy, Layout, NodeShape, Rules, Shape},
 };
 
 /// A real Kubernetes cluster with flannel on this machine: etcd, API server, kubelets, containerd, in namespaces.
@@ -69,8 +75,17 @@ enum Action {
     StartApi,
     /// Bring a cluster up, migrate it under traffic, and say whether every promise was kept.
     Demo(Box<DemoArgs>),
-    /// Build all parts and images into the cache and stop.
-    Build,
+    /// Build all parts and images of these versions into the cache and stop.
+    Build {
+        #[command(flatten)]
+        versions: VersionArgs,
+    },
+    /// List the versions that can be had: what is pinned, what sources add, and what is built already.
+    Versions {
+        /// A folder with archives or trees of sources, or one of them; repeatable, beside those that `PARTS_SOURCES` names.
+        #[arg(long, value_name = "PATH")]
+        source: Vec<PathBuf>,
+    },
     /// Forward loopback connections to an API server (used by `up`).
     #[command(hide = true)]
     Forward { namespace: PathBuf, port_file: PathBuf },
@@ -108,6 +123,11 @@ struct UpArgs {
     /// A node with the control-plane label and taint; repeatable.
     #[arg(long, value_name = "NODE")]
     control_plane: Vec<String>,
+    /// kube-proxy's mode.
+    #[arg(long, value_enum, default_value_t = KubeProxy::Iptables)]
+    kube_proxy: KubeProxy,
+    #[command(flatten)]
+    versions: VersionArgs,
 }
 
 #[derive(Args)]
@@ -194,9 +214,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
             control::start_apiserver(&bed)?;
             control::wait(&bed)?;
         }
-        Action::Build => {
+        Action::Versions { source } => versions(&source)?,
+        Action::Build { versions } => {
+            let versions = Versions::of(&versions);
+            versions.resolve()?;
             requirements::ensure()?;
-            let images = images::build(&parts::build()?)?;
+            let images = images::build(&parts::build(&versions)?)?;
             images::echo()?;
             images::product(&images.base)?;
         }
@@ -236,7 +259,25 @@ fn shape(args: &UpArgs) -> Result<Shape> {
         layout: args.layout,
         rules: args.rules,
         dual_stack: args.dual_stack,
+        kube_proxy: args.kube_proxy,
+        versions: Versions::of(&args.versions),
     })
+}
+
+fn versions(more: &[PathBuf]) -> Result<()> {
+    for stack in stacks::STACKS {
+        for source in sources::versions(stack, more)? {
+            let default = if source.version == stack.default { ", default" } else { "" };
+            let built = if parts::build::is_built(stack, &source) { ", built" } else { "" };
+            let origin = match &source.origin {
+                Origin::Pinned(_) => "pinned".to_owned(),
+                Origin::Archive(path) | Origin::Tree(path) => path.display().to_string(),
+            };
+            // A reader may have seen enough: that ends this, and is no reason to panic.
+            writeln!(io::stdout(), "{:<12} {:<18} {origin}{default}{built}", stack.name, source.version)?;
+        }
+    }
+    Ok(())
 }
 
 fn demo(name: &str, args: &DemoArgs) -> Result<ExitCode> {

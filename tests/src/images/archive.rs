@@ -20,6 +20,8 @@ pub enum Content {
     Script(&'static str),
     /// A symbolic link to this target.
     Link(&'static str),
+    /// An empty directory that every user may write to.
+    Directory,
 }
 
 /// A layer: files by their absolute path in the image. Directories come by themselves.
@@ -31,11 +33,21 @@ pub type Files = BTreeMap<&'static str, Content>;
 #[derive(Debug, Clone)]
 pub struct Image {
     /// Full names with tags.
-    pub names: Vec<&'static str>,
+    pub names: Vec<String>,
     /// Layers, bottom first.
     pub layers: Vec<Layer>,
     /// Entry point; empty for none.
     pub entrypoint: Vec<&'static str>,
+    /// The user that its programs run as; root when none is named.
+    pub user: Option<u32>,
+}
+
+impl Image {
+    /// An image with one name and no entry point.
+    #[must_use]
+    pub fn new(name: &str, layers: Vec<Layer>) -> Self {
+        Self { names: vec![name.to_owned()], layers, entrypoint: vec![], user: None }
+    }
 }
 
 /// A finished layer on disk.
@@ -91,6 +103,10 @@ pub fn layer(path: &Path, files: &Files) -> Result<Layer> {
             Content::Link(target) => {
                 tar.append_link(&mut header(tar::EntryType::Symlink, 0o777, 0), name, target)?;
             }
+            Content::Directory => {
+                let mut header = header(tar::EntryType::Directory, 0o777, 0);
+                tar.append_data(&mut header, format!("{name}/"), std::io::empty())?;
+            }
         }
     }
     tar.into_inner()?.flush()?;
@@ -125,6 +141,7 @@ pub fn write(path: &Path, images: &[Image]) -> Result<()> {
             "config": {
                 "Env": ["PATH=/opt/cni/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
                 "Entrypoint": image.entrypoint,
+                "User": image.user.map(|user| user.to_string()).unwrap_or_default(),
             },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
             // Builders refuse to build on an image whose history doesn't account for its layers.
@@ -209,7 +226,7 @@ mod tests {
         let files = Files::from([("/program", Content::Program(program))]);
         let layer = layer(&directory.path().join("layer"), &files).unwrap();
         let size = fs::metadata(&layer.path).unwrap().len();
-        let image = |name| Image { names: vec![name], layers: vec![layer.clone()], entrypoint: vec![] };
+        let image = |name| Image::new(name, vec![layer.clone()]);
         let archive = directory.path().join("archive.tar");
         write(&archive, &[image("a"), image("b")]).unwrap();
         assert_eq!(unpacked(&archive).unwrap(), size);

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::archive::{self, Content, Files, Image, Layer};
+use super::{
+    archive::{self, Content, Files, Image, Layer},
+    stock,
+};
 use crate::{cache, parts::Parts};
-
-/// What Calico's stock manifest names.
-const NAME: &str = "docker.io/calico/flannel-migration-controller:v3.28.5";
 
 /// The controller drains by `kubectl drain --delete-local-data`, an option that kubectl has renamed since.
 const KUBECTL: &str = "#!/bin/sh
@@ -23,7 +23,8 @@ exec /opt/kubectl \"$@\"
 
 /// The archive of the image; built where it isn't in the cache yet.
 pub fn peer(parts: &Parts, base: &Path) -> Result<PathBuf> {
-    let key = cache::key([parts.key().as_bytes(), base.display().to_string().as_bytes(), KUBECTL.as_bytes()]);
+    let made_of = parts.key(&["calico", "kubernetes"]);
+    let key = cache::key([made_of.as_bytes(), base.display().to_string().as_bytes(), KUBECTL.as_bytes()]);
     let directory = cache::entry("peer", &key, |directory| {
         let files = Files::from([
             ("/usr/bin/kube-controllers", Content::Program(parts.program("calico", "kube-controllers")?)),
@@ -35,7 +36,8 @@ pub fn peer(parts: &Parts, base: &Path) -> Result<PathBuf> {
         ]);
         let own = archive::layer(&directory.join("layer.tar"), &files)?;
         let layers = vec![Layer::of(base)?, own];
-        let image = Image { names: vec![NAME], layers, entrypoint: vec!["/usr/bin/kube-controllers"] };
+        let names = stock::named(&parts.manifest("calico", "migration-job.yaml")?);
+        let image = Image { names, layers, entrypoint: vec!["/usr/bin/kube-controllers"], user: None };
         archive::write(&directory.join("peer.tar"), &[image])
     })?;
     Ok(directory.join("peer.tar"))

@@ -2,16 +2,15 @@
 //! the prober talks to.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::archive::{self, Content, Files, Image, Layer};
-use crate::{cache, run, say::Progress};
+use crate::{cache, programs, run, say::Progress};
 
 /// The workload's image.
 pub const ECHO: &str = "docker.io/flannel-migration/echo:bed";
@@ -19,11 +18,6 @@ pub const ECHO: &str = "docker.io/flannel-migration/echo:bed";
 pub const COORDINATOR: &str = "ghcr.io/flannel-migration/coordinator:v0.1.0";
 /// What the manifests name.
 pub const AGENT: &str = "ghcr.io/flannel-migration/agent:v0.1.0";
-
-/// The profile of what goes onto the test bed's nodes.
-const BED: &str = "bed";
-/// The profile of what users get.
-const RELEASE: &str = "release";
 
 /// The product's images, as archives to be loaded into nodes.
 #[derive(Debug, Clone)]
@@ -36,8 +30,8 @@ pub struct Product {
 
 /// Builds the product's images where they changed.
 pub fn product(base: &Path) -> Result<Product> {
-    let source = source()?;
-    let programs = programs(source, BED, &["coordinator", "agent"])?;
+    let source = programs::source()?;
+    let programs = programs::build(programs::BED, programs::PRODUCT)?;
     let dockerfile = fs::read(source.join("Dockerfile")).context("can't read the Dockerfile")?;
     let mut inputs = vec![dockerfile, base.display().to_string().into_bytes()];
     for name in ["coordinator", "agent"] {
@@ -45,7 +39,7 @@ pub fn product(base: &Path) -> Result<Product> {
     }
     let key = cache::key(inputs.iter().map(Vec::as_slice));
     let directory = cache::entry("product", &key, |directory| {
-        let mut progress = Progress::new("images", 2);
+        let progress = Progress::new("images", 2);
         let bin = bin(directory, &programs)?;
         let buildah = Buildah::new("buildah", base)?;
         for (target, name) in [("coordinator", COORDINATOR), ("agent", AGENT)] {
@@ -83,7 +77,7 @@ pub struct Size {
 
 /// Builds the product's images as users do, of the release profile's programs on the base `slim`; how large they are.
 pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
-    let source = source()?;
+    let source = programs::source()?;
     let programs = shipped()?;
     let scratch = tempfile::tempdir()?;
     let bin = bin(scratch.path(), &programs)?;
@@ -109,56 +103,25 @@ pub fn sizes(slim: &Path) -> Result<Vec<Size>> {
 
 /// Builds the product's programs as users get them; the directory they are in.
 pub fn shipped() -> Result<PathBuf> {
-    programs(source()?, RELEASE, &["coordinator", "agent"])
+    programs::build(programs::RELEASE, programs::PRODUCT)
 }
 
 /// Builds the coordinator as the test bed's nodes get it; the program's path.
 pub fn coordinator() -> Result<PathBuf> {
-    Ok(programs(source()?, BED, &["coordinator", "agent"])?.join("coordinator"))
+    Ok(programs::build(programs::BED, programs::PRODUCT)?.join("coordinator"))
 }
 
 /// Builds the workload's image where it changed.
 pub fn echo() -> Result<PathBuf> {
-    let program = programs(source()?, BED, &["echo"])?.join("echo");
+    let program = programs::build(programs::BED, &["echo"])?.join("echo");
     let key = cache::key([fs::read(&program)?.as_slice()]);
     let directory = cache::entry("echo", &key, |directory| {
         let files = Files::from([("/echo", Content::Program(program))]);
         let layer = archive::layer(&directory.join("layer.tar"), &files)?;
-        let echo = Image { names: vec![ECHO], layers: vec![layer], entrypoint: vec!["/echo"] };
+        let echo = Image { entrypoint: vec!["/echo"], ..Image::new(ECHO, vec![layer]) };
         archive::write(&directory.join("echo.tar"), &[echo])
     })?;
     Ok(directory.join("echo.tar"))
-}
-
-fn source() -> Result<&'static Path> {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests have no workspace")
-}
-
-/// Builds programs statically, for images that hold nothing else; returns the directory they are in.
-fn programs(source: &Path, profile: &str, names: &[&str]) -> Result<PathBuf> {
-    let version = run::output(&mut run::command("rustc", &["-vV"]))?;
-    let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
-    eprintln!("images: compiling {}", names.join(" and "));
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| source.join("target"), PathBuf::from);
-    let mut cargo = Command::new("cargo");
-    cargo.current_dir(source).env("RUSTFLAGS", "-C target-feature=+crt-static");
-    // Under `cargo test` these describe the tests; build scripts that look at them would run again at every change
-    // between there and here, and half the dependencies after them.
-    for (name, _) in env::vars_os() {
-        let text = name.to_string_lossy();
-        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"]
-            .iter()
-            .any(|start| text.starts_with(start))
-        {
-            cargo.env_remove(&name);
-        }
-    }
-    cargo.args(["build", "--quiet", "--profile", profile, "--target", host]);
-    for name in names {
-        cargo.args(["--bin", name]);
-    }
-    run::output(&mut cargo)?;
-    Ok(target.join(host).join(profile))
 }
 
 /// buildah with a storage of its own in the cache, where finished layers stay.
@@ -178,11 +141,7 @@ impl Buildah {
                 last.display()
             );
             fs::write(directory.join("storage.conf"), configuration)?;
-            let debian = Image {
-                names: vec!["docker.io/library/debian:trixie-slim"],
-                layers: vec![Layer::of(base)?],
-                entrypoint: vec![],
-            };
+            let debian = Image::new(super::DEBIAN, vec![Layer::of(base)?]);
             archive::write(&directory.join("base.tar"), &[debian])
         })?;
         Ok(Self { storage })

@@ -96,7 +96,7 @@ pub fn leftovers(bed: &Bed) -> Result<Vec<String>> {
     for node in &bed.nodes {
         let name = &node.shape.name;
         let mut find = |what: &str, command: &str, is_left: &dyn Fn(&str) -> bool| -> Result<()> {
-            let output = bed.exec(name, &["sh", "-c", command])?;
+            let output = bed.shell(name, command)?;
             for line in output.lines().filter(|line| is_left(line)) {
                 wrong.push(format!("{name}: {what}: {}", line.trim()));
             }
@@ -110,7 +110,7 @@ pub fn leftovers(bed: &Bed) -> Result<Vec<String>> {
                 .any(|table| line.trim_end().ends_with(&format!("lookup {table}")))
         })?;
         let rules = "for save in iptables-nft-save iptables-legacy-save ip6tables-nft-save ip6tables-legacy-save; do \
-                     $save 2>/dev/null || true; done; nft list ruleset 2>/dev/null";
+                     $save 2>/dev/null || true; done; nft list ruleset";
         find("rule", rules, &|line| line.to_lowercase().contains("flannel"))?;
         find("CNI file", "ls /etc/cni/net.d", &|line| {
             !["10-calico.conflist", "calico-kubeconfig", "cni.lock"].contains(&line)

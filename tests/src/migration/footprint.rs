@@ -58,7 +58,7 @@ pub fn look(bed: &Bed) -> Result<Footprint> {
     let chance = Chance::of(bed)?;
     for node in &bed.nodes {
         for (what, command) in COMMANDS.into_iter().chain([("setting", SETTINGS)]) {
-            let output = bed.exec(&node.shape.name, &["sh", "-c", command])?;
+            let output = bed.shell(&node.shape.name, command)?;
             let mut table = String::new();
             for line in output.lines().filter(|line| !line.starts_with('#') && !line.contains("KUBE-S")) {
                 if line.starts_with('*') {

@@ -13,7 +13,7 @@ use kube::{Api, Client, api::ListParams};
 use super::{Job, LEASE_LABEL, NETWORK_LABEL, STATE_LABEL, apply, checks, job, pods};
 use crate::{
     bed::Bed,
-    probe::{self, Options, Prober, Report, Workloads, deploy_to},
+    probe::{self, Kind, Options, Prober, Report, Workloads, deploy_to},
 };
 
 /// What is migrated, and how closely it is watched.
@@ -66,6 +66,8 @@ pub struct Outcome {
     pub pods: usize,
     /// Probes lost without excuse, a line each: with `drain` on flows none of whose nodes was changing, in place on any.
     pub losses: Vec<String>,
+    /// Probes to the outside that were lost on nodes on their way back to flannel, whose flanneld makes its masquerade rules anew.
+    pub lost_going_back: u64,
     /// What else should not have been, a line each.
     pub problems: Vec<String>,
 }
@@ -104,7 +106,7 @@ pub fn run(bed: &Bed, request: &Request<'_>, mut say: impl FnMut(&str)) -> Resul
     // Traffic is measured a little longer: what goes wrong right after the end counts too.
     std::thread::sleep(Duration::from_secs(3));
     let traffic = prober.stop()?;
-    let Watched { seconds, nodes, losses } = watched?;
+    let Watched { seconds, nodes, losses, lost_going_back } = watched?;
     let mut problems = Vec::new();
     say("checking nodes, pods, addresses, policies and leftovers");
     let after = pods::identities(bed)?;
@@ -123,7 +125,16 @@ pub fn run(bed: &Bed, request: &Request<'_>, mut say: impl FnMut(&str)) -> Resul
     ] {
         problems.extend(found);
     }
-    Ok(Outcome { seconds, nodes, traffic, changed_pods, pods: before.len(), losses, problems })
+    Ok(Outcome {
+        seconds,
+        nodes,
+        traffic,
+        changed_pods,
+        pods: before.len(),
+        losses,
+        lost_going_back,
+        problems,
+    })
 }
 
 /// How long an answer may take where no packet may be lost. The kernels of all nodes answer ICMP at once, and so it shows packets. TCP is
@@ -137,6 +148,7 @@ struct Watched {
     seconds: f64,
     nodes: BTreeMap<String, NodeTimes>,
     losses: Vec<String>,
+    lost_going_back: u64,
 }
 
 /// Follows the nodes until the Job is over. Whatever a flow loses while none of its nodes changes is a problem.
@@ -152,6 +164,9 @@ fn watch(
     let mut last: BTreeMap<String, Change> = BTreeMap::new();
     let mut nodes: BTreeMap<String, NodeTimes> = BTreeMap::new();
     let mut losses = Vec::new();
+    let mut lost_going_back = 0;
+    // Nodes that were on their way back at any moment since the last look at the losses.
+    let mut returning: Vec<String> = Vec::new();
     // Nodes that had a lease at any moment since the last look at the losses.
     let mut busy: Vec<String> = Vec::new();
     let mut counted = prober.report()?;
@@ -178,6 +193,9 @@ fn watch(
             if change.leased && !busy.contains(name) {
                 busy.push(name.clone());
             }
+            if change.goes_back() && !returning.contains(name) {
+                returning.push(name.clone());
+            }
         }
         let changed = last != seen;
         last = seen;
@@ -185,7 +203,15 @@ fn watch(
             let report = prober.report()?;
             // In place, a node that changes over has no excuse either.
             let excused: &[String] = if request.strategy == "in-place" { &[] } else { &busy };
-            losses.extend(new_losses(&counted, &report, excused, now));
+            for loss in new_losses(&counted, &report, excused) {
+                if loss.kind == Kind::PodToOutside && loss.nodes.iter().any(|node| returning.contains(node)) {
+                    lost_going_back += loss.lost;
+                } else {
+                    losses.push(format!("{} around {now:.1} s", loss.text));
+                }
+            }
+            returning =
+                last.iter().filter(|(_, change)| change.goes_back()).map(|(name, _)| name.clone()).collect();
             counted = report;
             looked = Instant::now();
             // A lease that went a moment ago: what was lost under it may not be counted yet.
@@ -196,7 +222,7 @@ fn watch(
             match job(bed)? {
                 Job::Complete => {
                     say(&format!("{now:5.1} s  job 1/1"));
-                    return Ok(Watched { seconds: now, nodes, losses });
+                    return Ok(Watched { seconds: now, nodes, losses, lost_going_back });
                 }
                 Job::Failed(why) => bail!("the Job failed: {why}\n{}", super::coordinator_log(bed)?),
                 Job::Running => {}
@@ -231,9 +257,17 @@ async fn changes(client: &Client) -> Result<BTreeMap<String, Change>> {
         .collect())
 }
 
+/// What one flow lost.
+struct Loss {
+    kind: Kind,
+    nodes: Vec<String>,
+    lost: u64,
+    text: String,
+}
+
 /// What flows lost between two reports although none of their nodes was changing.
-fn new_losses(before: &Report, after: &Report, busy: &[String], now: f64) -> Vec<String> {
-    let mut problems = Vec::new();
+fn new_losses(before: &Report, after: &Report, busy: &[String]) -> Vec<Loss> {
+    let mut losses = Vec::new();
     for flow in &after.flows {
         let was = before
             .flows
@@ -245,11 +279,11 @@ fn new_losses(before: &Report, after: &Report, busy: &[String], now: f64) -> Vec
         let excused =
             if anywhere { !busy.is_empty() } else { flow.nodes.iter().any(|node| busy.contains(node)) };
         if lost > 0 && !excused {
-            problems
-                .push(format!("{:?} {} -> {} lost {lost} around {now:.1} s", flow.kind, flow.from, flow.to));
+            let text = format!("{:?} {} -> {} lost {lost}", flow.kind, flow.from, flow.to);
+            losses.push(Loss { kind: flow.kind, nodes: flow.nodes.clone(), lost, text });
         }
     }
-    problems
+    losses
 }
 
 fn reconnects(report: &Report) -> Vec<String> {
@@ -266,6 +300,13 @@ fn reconnects(report: &Report) -> Vec<String> {
 fn cordoned(bed: &Bed) -> Result<Vec<String>> {
     let names = bed.kubectl(&["get", "nodes", "--field-selector=spec.unschedulable=true", "-o", "name"])?;
     Ok(names.lines().filter_map(|line| line.strip_prefix("node/")).map(str::to_owned).collect())
+}
+
+impl Change {
+    /// On its way back to flannel, or there and not yet given back.
+    fn goes_back(&self) -> bool {
+        self.state == "reverting" || (self.state == "flannel" && self.leased)
+    }
 }
 
 impl Outcome {

@@ -16,7 +16,7 @@ const KINDS: [(&str, &str); 5] = [
 
 /// flannel's own stock manifest.
 pub fn flannel() -> Vec<Value> {
-    documents(&parts::stock_manifest("flannel", "kube-flannel.yml").unwrap())
+    documents(&parts::manifests::stock(&parts::stacks::FLANNEL, "kube-flannel.yml").unwrap())
 }
 
 pub fn documents(text: &str) -> Vec<Value> {

@@ -88,6 +88,8 @@ fn nodes_with_an_obstacle_are_left_as_they_were_while_others_go_on_and_are_tried
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{}", migration::coordinator_log(bed).unwrap_or_default()));
     assert_eq!(migration::job(bed).unwrap(), Job::Running);
+    // Mostly its first lease: controllers that are slow to place the evicted pods can cost it one.
+    let epoch = epoch(bed, "n1");
     expect_untouched(bed, "n2", "2");
     expect_untouched(bed, "n4", "0");
     assert_eq!(hosts, ["n2", "n4"].map(|node| host(bed, node)));
@@ -104,7 +106,7 @@ fn nodes_with_an_obstacle_are_left_as_they_were_while_others_go_on_and_are_tried
         }
     }
     screen::expect_status(bed, "n1", "n2");
-    screen::expect_metrics(bed, "n1");
+    screen::expect_metrics(bed, "n1", epoch);
     let memory = screen::agent_memory(bed, "n1");
     eprintln!("m-obstacles: the agent at rest takes {memory:.1} MiB");
     assert!(memory < 15.0, "{memory:.1} MiB");
@@ -119,12 +121,20 @@ fn nodes_with_an_obstacle_are_left_as_they_were_while_others_go_on_and_are_tried
     let took = complete(bed, Duration::from_mins(3));
     eprintln!("m-obstacles: 1/1 {:.1} s after the obstacles went", took.as_secs_f32());
     expect_migrated(bed);
-    expect_story(bed, "n1");
+    expect_story(bed, "n1", epoch);
     screen::expect_end(bed);
 }
 
-/// Both logs tell how one node was taken through, by fields.
-fn expect_story(bed: &Bed, node: &str) {
+/// The lease that a node's agent last reported about.
+fn epoch(bed: &Bed, node: &str) -> u32 {
+    let report = look(bed, node)["metadata"]["annotations"]["flannel-migration/report"].clone();
+    let report: Value = serde_json::from_str(report.as_str().unwrap()).unwrap();
+    u32::try_from(report["epoch"].as_u64().unwrap_or_else(|| panic!("no epoch in {report}"))).unwrap()
+}
+
+/// Both logs tell how one node was taken through under one lease, by fields.
+fn expect_story(bed: &Bed, node: &str, epoch: u32) {
+    let under = format!("epoch={epoch}");
     let of_node = format!("node=\"{node}\"");
     let coordinator: Vec<String> = migration::coordinator_log(bed)
         .unwrap()
@@ -136,7 +146,7 @@ fn expect_story(bed: &Bed, node: &str) {
     let story = format!("{}\n---\n{}", coordinator.join("\n"), agent.join("\n"));
     assert!(coordinator.len() + agent.len() < 40, "{} lines:\n{story}", coordinator.len() + agent.len());
     for (whose, lines) in [("coordinator", &coordinator), ("agent", &agent)] {
-        let told: Vec<&String> = lines.iter().filter(|line| line.contains("epoch=1")).collect();
+        let told: Vec<&String> = lines.iter().filter(|line| line.contains(&under)).collect();
         assert!(told.len() >= 4, "{whose}:\n{story}");
         for line in told {
             let missing = ["node=", "state=", "step="].into_iter().find(|field| !line.contains(field));

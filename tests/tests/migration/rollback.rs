@@ -89,7 +89,7 @@ fn host(bed: &Bed, node: &str) -> BTreeMap<String, String> {
                    $save 2>/dev/null | grep -v -e '^#' -e '^[:*]' -e COMMIT -e KUBE- ; done | sort",
         ),
     ] {
-        picture.insert(what.to_owned(), bed.exec(node, &["sh", "-c", command]).unwrap());
+        picture.insert(what.to_owned(), bed.shell(node, command).unwrap());
     }
     picture
 }

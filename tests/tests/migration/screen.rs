@@ -63,7 +63,7 @@ fn sample(metrics: &str, name: &str) -> f64 {
 }
 
 /// Both programs' figures are what Prometheus reads, and say what happened; `migrated` is a node that was.
-pub fn expect_metrics(bed: &Bed, migrated: &str) {
+pub fn expect_metrics(bed: &Bed, migrated: &str, epoch: u32) {
     let pod = bed.get(&["-n", "kube-system", "pod", &coordinator_pod(bed)]).unwrap();
     let leader = pod["spec"]["nodeName"].as_str().unwrap().to_owned();
     let coordinator = fetch(bed, &leader, COORDINATOR_METRICS, "/metrics");
@@ -92,7 +92,7 @@ pub fn expect_metrics(bed: &Bed, migrated: &str) {
     for (name, value) in [
         ("flannel_migration_agent_state{state=\"calico\"}", 1.0),
         ("flannel_migration_agent_state_duration_seconds_count{state=\"switching\"}", 1.0),
-        ("flannel_migration_agent_epoch", 1.0),
+        ("flannel_migration_agent_epoch", f64::from(epoch)),
     ] {
         assert!((sample(&agent, name) - value).abs() < 0.1, "{name} isn't {value}:\n{agent}");
     }

@@ -91,10 +91,11 @@ fn unusual_pods_are_taken_over_or_leave_and_a_static_pod_that_cannot_holds_its_n
             all.get(name).is_some_and(|pod| waiting(pod, pointer) == value)
         };
         let ready = |name: &str| is(name, "/status/containerStatuses/0/ready", json!(true));
-        let reason = "/status/containerStatuses/0/state/waiting/reason";
+        // Kubelets differ in when they call it CrashLoopBackOff: it was started again, and failed again.
+        let crashed = "/status/containerStatuses/0/lastState/terminated/exitCode";
         Ok(["host-port", "daemon", "fixed"].into_iter().all(ready)
             && is("in-init", "/status/initContainerStatuses/0/started", json!(true))
-            && is("crash-looping", reason, json!("CrashLoopBackOff"))
+            && is("crash-looping", crashed, json!(1))
             && is("ended", "/status/phase", json!("Failed")))
     })
     .unwrap_or_else(|error| panic!("{error:#}\n{:#?}", all(bed)));

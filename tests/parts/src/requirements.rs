@@ -12,8 +12,6 @@ use crate::run;
 
 /// A program that the test bed runs, and the Debian package that holds it.
 const PROGRAMS: &[(&str, &str)] = &[
-    ("containerd", "containerd"),
-    ("ctr", "containerd"),
     ("runc", "runc"),
     ("iptables", "iptables"),
     ("nft", "nftables"),
@@ -30,9 +28,9 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("mount", "mount"),
     ("gcc", "gcc"),
-    ("shellcheck", "shellcheck"),
-    ("tar", "tar"),
     ("xz", "xz-utils"),
+    ("git", "git"),
+    ("tar", "tar"),
 ];
 
 /// Where Debian puts programs; root's PATH may lack the sbin directories.
@@ -97,7 +95,7 @@ fn install(packages: &[&str]) -> Result<()> {
         run::output(&mut command).map(drop)
     };
     apt(&["update"])?;
-    // No service of these packages may start: the test bed starts its own containerd per node.
+    // No service of these packages may start: the test bed starts its own programs per node.
     let policy = Path::new("/usr/sbin/policy-rc.d");
     let ours = !policy.exists();
     if ours {

@@ -3,6 +3,7 @@
 pub mod bed;
 pub mod bench;
 pub mod images;
+pub mod matrix;
 pub mod migration;
 pub mod probe;
 pub mod promtool;

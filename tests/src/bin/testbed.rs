@@ -11,14 +11,14 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use flannel_migration_tests::{
     bed::{self, Bed, control, forward, node, teardown},
-    images,
+    images, matrix,
     migration::{self, Outcome, Request},
     parts::{
         self, VersionArgs, Versions,
         sources::{self, Origin},
         stacks,
     },
-    probe, requirements,
+    probe, programs, requirements,
     shape::{Cidr, KubeProxy, Layout, NodeShape, Rules, Shape},
 };
 
@@ -85,6 +85,15 @@ enum Action {
         /// A folder with archives or trees of sources, or one of them; repeatable, beside those that `PARTS_SOURCES` names.
         #[arg(long, value_name = "PATH")]
         source: Vec<PathBuf>,
+    },
+    /// Migrate a cluster of each combination of versions and write docs/versions.md (hack/matrix).
+    #[command(hide = true)]
+    Matrix {
+        /// Run these also when they are done.
+        #[arg(long)]
+        again: bool,
+        /// Only these combinations.
+        names: Vec<String>,
     },
     /// Forward loopback connections to an API server (used by `up`).
     #[command(hide = true)]
@@ -224,6 +233,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
             images::product(&images.base)?;
         }
         Action::Demo(args) => return demo(if name == "main" { "demo" } else { name }, &args),
+        Action::Matrix { again, names } => {
+            let program = std::env::current_exe().context("can't find myself")?;
+            let docs = programs::source()?.join("docs");
+            if !matrix::sweep(&docs, &names, again, &program)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Action::Forward { namespace, port_file } => forward::serve(&namespace, &port_file)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -204,7 +204,9 @@ fn watch(
             // In place, a node that changes over has no excuse either.
             let excused: &[String] = if request.strategy == "in-place" { &[] } else { &busy };
             for loss in new_losses(&counted, &report, excused) {
-                if loss.kind == Kind::PodToOutside && loss.nodes.iter().any(|node| returning.contains(node)) {
+                if matches!(loss.kind, Kind::PodToOutside | Kind::PodToOutsideV6)
+                    && loss.nodes.iter().any(|node| returning.contains(node))
+                {
                     lost_going_back += loss.lost;
                 } else {
                     losses.push(format!("{} around {now:.1} s", loss.text));

@@ -27,7 +27,7 @@ prepare() {
     command -v cargo >/dev/null || PATH="$HOME/.cargo/bin:$PATH"
     command -v cargo >/dev/null || fail "no cargo: install Rust from https://rustup.rs"
     command -v go >/dev/null || PATH="/usr/local/go/bin:$PATH"
-    command -v go >/dev/null || fail "no go: install Go 1.26 or later from https://go.dev/dl"
+    command -v go >/dev/null || fail "no go: install Go 1.26.8 or later from https://go.dev/dl"
     need cc gcc libc6-dev
     need git git
     host=$(rustc -vV | sed -n 's/^host: //p')

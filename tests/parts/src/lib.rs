@@ -1,7 +1,7 @@
 //! What a test bed is made of, and how it gets into the cache: Go programs of pinned versions or of sources that the user
 //! has, a Debian base, and this project's own programs.
 //!
-//! A crate of its own, and small: it is compiled within seconds on a new machine and then builds all the rest side by
+//! A crate of its own, and small: it is compiled in half a minute on a new machine and then builds all the rest side by
 //! side, the test bed itself included.
 
 pub mod build;

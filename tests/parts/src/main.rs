@@ -1,7 +1,7 @@
 //! Builds what a command of `hack/testbed` needs, side by side, before the test bed's own program can run.
 //!
 //! `parts prepare -- up --kubernetes v1.36.3` reads the command's versions and builds what the cache lacks: Go programs, the
-//! Debian base, and this project's programs. `parts programs` builds only the last.
+//! Debian base, and this project's programs; commands that need no new cluster get only the last.
 
 use std::{process::ExitCode, time::Instant};
 

@@ -75,7 +75,9 @@ pub fn go() -> Result<PathBuf> {
         .chain([Path::new("/usr/local/go/bin")])
         .map(|directory| directory.join("go"))
         .find(|path| path.is_file())
-        .context("no Go toolchain: put `go` (1.25 or later) on PATH; the test bed's parts are built with it")
+        .context(
+            "no Go toolchain: put `go` (1.26.8 or later) on PATH; the test bed's parts are built with it",
+        )
 }
 
 fn missing_packages() -> Vec<&'static str> {

@@ -110,7 +110,7 @@ fn nodes_with_an_obstacle_are_left_as_they_were_while_others_go_on_and_are_tried
     let memory = screen::agent_memory(bed, "n1");
     eprintln!("m-obstacles: the agent at rest takes {memory:.1} MiB");
     assert!(memory < 15.0, "{memory:.1} MiB");
-    screen::expect_events(bed, "n1");
+    screen::expect_events(bed, "n1", epoch);
     screen::expect_journal(bed, "n1");
     let same = bed.get(&["pod", &pod]).unwrap();
     assert_eq!(same["metadata"]["uid"], uid, "the guarded pod was replaced");

@@ -159,22 +159,28 @@ pub fn expect_status(bed: &Bed, migrated: &str, failed: &str) {
     assert_eq!(map["data"]["nodesDone"], "1");
 }
 
-/// `kubectl describe` tells the story of a node and of the Job, each event once, and who reported it.
-pub fn expect_events(bed: &Bed, migrated: &str) {
+/// `kubectl describe` tells the story of a node and of the Job, each event once and each of the node's `leases`,
+/// and who reported it.
+pub fn expect_events(bed: &Bed, migrated: &str, leases: u32) {
     let node = bed.kubectl(&["describe", "node", migrated]).unwrap();
     let events: Vec<&str> = node.lines().skip_while(|line| !line.starts_with("Events:")).collect();
-    for (reason, reporter) in [
-        ("LeaseGranted", "flannel-migration-coordinator"),
-        ("Prepared", "flannel-migration-agent"),
-        ("Switched", "flannel-migration-agent"),
-        ("Migrated", "flannel-migration-agent"),
-        ("Migrated", "flannel-migration-coordinator"),
+    for (reason, reporter, times) in [
+        ("LeaseGranted", "flannel-migration-coordinator", leases),
+        ("Prepared", "flannel-migration-agent", 1),
+        ("Switched", "flannel-migration-agent", 1),
+        ("Migrated", "flannel-migration-agent", 1),
+        ("Migrated", "flannel-migration-coordinator", 1),
     ] {
         let told = events.iter().filter(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
             words.get(1) == Some(&reason) && line.contains(reporter)
         });
-        assert_eq!(told.count(), 1, "{reason} by {reporter}:\n{}", events.join("\n"));
+        assert_eq!(
+            told.count(),
+            usize::try_from(times).unwrap(),
+            "{reason} by {reporter}:\n{}",
+            events.join("\n")
+        );
     }
     let condition = node.lines().find(|line| line.trim_start().starts_with("NetworkMigrated"));
     assert!(condition.is_some_and(|line| line.contains("True")), "{node}");

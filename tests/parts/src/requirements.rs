@@ -36,6 +36,12 @@ const PROGRAMS: &[(&str, &str)] = &[
 /// Where Debian puts programs; root's PATH may lack the sbin directories.
 const DIRECTORIES: &[&str] = &["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
+/// Where distributions put what containers' programs call, and what buildah won't make a container without, from
+/// this minor version on (it took CNI plugins before, and does without for a build).
+const HELPERS: &[&str] =
+    &["/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman"];
+const NETAVARK: (&str, u32) = ("netavark", 35);
+
 /// Refuses anyone but root: namespaces, mounts and containerd need it.
 pub fn root() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
@@ -87,7 +93,25 @@ fn missing_packages() -> Vec<&'static str> {
         .map(|(_, package)| *package)
         .collect();
     packages.dedup();
+    let (helper, since) = NETAVARK;
+    let there = HELPERS.iter().any(|directory| Path::new(directory).join(helper).exists());
+    if !there
+        && run::output(&mut run::command("buildah", &["--version"]))
+            .map_or(true, |text| buildah_is(&text, since))
+    {
+        packages.push(helper);
+    }
     packages
+}
+
+/// Whether `buildah --version` says at least 1.`minor`: what can't be read is taken for new.
+fn buildah_is(version: &str, minor: u32) -> bool {
+    let number = version.split_whitespace().nth(2).unwrap_or_default();
+    let mut parts = number.split('.').map(str::parse::<u32>);
+    match (parts.next(), parts.next()) {
+        (Some(Ok(major)), Some(Ok(this))) => (major, this) >= (1, minor),
+        _ => true,
+    }
 }
 
 fn install(packages: &[&str]) -> Result<()> {
@@ -140,4 +164,17 @@ fn lacking_features() -> Vec<String> {
 
 fn modprobe(module: &str) -> bool {
     run::output(&mut run::command("modprobe", &[module])).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::buildah_is;
+
+    #[test]
+    fn a_buildah_that_wants_netavark_is_told_by_its_version() {
+        assert!(!buildah_is("buildah version 1.28.2 (image-spec 1.0.2, runtime-spec 1.0.2-dev)", 35));
+        assert!(buildah_is("buildah version 1.39.3 (image-spec 1.1.0, runtime-spec 1.2.0)", 35));
+        assert!(buildah_is("buildah version 2.0.0", 35));
+        assert!(buildah_is("", 35));
+    }
 }

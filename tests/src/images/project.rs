@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{Resource, getrlimit};
 use serde::{Deserialize, Serialize};
 
 use super::archive::{self, Content, Files, Image, Layer};
@@ -156,8 +157,10 @@ impl Buildah {
         let context = format!("bin={}", bin.display());
         let source = source.display().to_string();
         let build = ["bud", "--quiet", "--isolation", "chroot", "--pull-never", "--layers"];
+        let limits = limits()?;
+        let limits = limits.each_ref().map(String::as_str);
         let what = ["--build-context", &context, "--target", target, "--tag", name, &source];
-        self.run(&[&build[..], &what[..]].concat())
+        self.run(&[&build[..], &limits[..], &what[..]].concat())
     }
 
     fn archive(&self, name: &str, archive: &Path) -> Result<()> {
@@ -180,4 +183,16 @@ impl Buildah {
         command.env("CONTAINERS_STORAGE_CONF", self.storage.join("storage.conf")).args(args);
         run::output(&mut command).map(drop)
     }
+}
+
+/// The limits that this process has: newer buildahs would set a million by themselves, which is refused to a root that
+/// may not raise its own, as in many containers.
+fn limits() -> Result<[String; 4]> {
+    let of = |name: &str, resource| -> Result<String> {
+        let (_, hard) = getrlimit(resource)?;
+        // Without one, what buildah would set.
+        Ok(format!("{name}={hard}:{hard}", hard = hard.min(1 << 20)))
+    };
+    let (files, processes) = (of("nofile", Resource::RLIMIT_NOFILE)?, of("nproc", Resource::RLIMIT_NPROC)?);
+    Ok(["--ulimit".to_owned(), files, "--ulimit".to_owned(), processes])
 }

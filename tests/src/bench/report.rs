@@ -143,6 +143,8 @@ fn text(kept: &Kept) -> String {
     text.push_str("\n### Left behind\n\n");
     text.push_str(&flows::leftovers(kept));
     text.push_str(&costs::text(kept));
+    // Measured on a machine that hack/fresh makes, not on this one.
+    text.push_str(include_str!("report/from_nothing.md"));
     text
 }
 

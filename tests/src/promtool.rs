@@ -14,8 +14,10 @@ pub fn promtool() -> Result<PathBuf> {
     if let Some(program) = on_path {
         return Ok(program);
     }
-    let directory = cache::entry("promtool", &cache::key([&b"1"[..]]), |directory| {
-        let script = "apt-get -q update && apt-get -q download prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb";
+    let directory = cache::entry("promtool", &cache::key([&b"2"[..]]), |directory| {
+        // A package of its own from trixie on.
+        let script = "apt-get -q update && { apt-get -q download promtool || apt-get -q download prometheus; } \
+                      && dpkg-deb -x prom*.deb . && rm prom*.deb && test -x usr/bin/promtool";
         let mut command = run::command("sh", &["-c", script]);
         command.current_dir(directory);
         run::output(&mut command).map(drop).context("promtool isn't on PATH and can't be had from Debian")

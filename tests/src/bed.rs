@@ -106,6 +106,8 @@ impl Bed {
     fn begin(name: &str, shape: Shape, testbed: &Path, with_nodes: bool) -> Result<(Self, Progress)> {
         shape::check_name("test bed name", name)?;
         shape.check()?;
+        // Whoever isn't root may not even be able to read which versions there are.
+        requirements::root()?;
         // What can't be had is said before anything is installed.
         shape.versions.resolve()?;
         requirements::ensure()?;

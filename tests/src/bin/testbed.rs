@@ -225,6 +225,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Action::Versions { source } => versions(&source)?,
         Action::Build { versions } => {
+            requirements::root()?;
             let versions = Versions::of(&versions);
             versions.resolve()?;
             requirements::ensure()?;

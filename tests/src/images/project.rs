@@ -185,14 +185,14 @@ impl Buildah {
     }
 }
 
-/// The limits that this process has: newer buildahs would set a million by themselves, which is refused to a root that
-/// may not raise its own, as in many containers.
+/// Limits that this process may set: by themselves newer buildahs would set a million, and older ones have set less before,
+/// and either is refused to a root that may not raise its own, as in many containers.
 fn limits() -> Result<[String; 4]> {
-    let of = |name: &str, resource| -> Result<String> {
+    let of = |name: &str, resource, enough: u64| -> Result<String> {
         let (_, hard) = getrlimit(resource)?;
-        // Without one, what buildah would set.
-        Ok(format!("{name}={hard}:{hard}", hard = hard.min(1 << 20)))
+        Ok(format!("{name}={limit}:{limit}", limit = hard.min(enough)))
     };
-    let (files, processes) = (of("nofile", Resource::RLIMIT_NOFILE)?, of("nproc", Resource::RLIMIT_NPROC)?);
+    let files = of("nofile", Resource::RLIMIT_NOFILE, 4096)?;
+    let processes = of("nproc", Resource::RLIMIT_NPROC, 32768)?;
     Ok(["--ulimit".to_owned(), files, "--ulimit".to_owned(), processes])
 }
